@@ -1,0 +1,58 @@
+"""Every way a run can end other than well: one class per kind of fault, each with the exit code of the process.
+
+| exit | class | meaning |
+|---|---|---|
+| 0 | | the run ended well |
+| 1 | | a bug of ours: the traceback is shown |
+| 2 | UserError | what was written in a file or on the command line cannot work; nothing was started or lost |
+| 3 | ProcessFault | a process died or missed its deadline more often than the run may bear |
+| 4 | RewardFault | rewards could not be computed for more samples than the run may lose |
+| 5 | InvariantFault | training would go on with wrong numbers (stale weights, log-probs that differ, NaN) |
+| 130 | | interrupted (Ctrl-C) |
+| 143 | | terminated (SIGTERM) |
+"""
+
+
+class Fault(Exception):
+    """A failure with a name, a remedy in its message, and an exit code."""
+
+    exit_code = 1
+
+
+class UserError(Fault):
+    """What the user wrote cannot work: the message names key, value and remedy in one line."""
+
+    exit_code = 2
+
+
+class ProcessFault(Fault):
+    """A worker, actor or peer died, or did not answer within its deadline."""
+
+    exit_code = 3
+
+
+class RewardFault(Fault):
+    """A component raised, or answered with something that is no reward."""
+
+    exit_code = 4
+
+
+class InvariantFault(Fault):
+    """Numbers that must be equal are not: training on would learn from wrong data."""
+
+    exit_code = 5
+
+
+INTERRUPTED = 130
+TERMINATED = 143
+
+
+def exit_code_of(error: BaseException) -> int:
+    """The exit code that a process ends with because of `error`."""
+    if isinstance(error, Fault):
+        return error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else 1
+    return 1

@@ -1,0 +1,43 @@
+"""The one definition of log-probability and entropy, for rollout workers, policy and reference alike.
+
+Legend: B samples, T response tokens, V vocabulary. Natural logarithms. The caller aligns logits and ids.
+"""
+
+import torch
+from torch import Tensor
+
+
+def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
+    """log softmax(logits / temperature) over the last dimension; half precision is raised to fp32, fp64 stays."""
+    if not temperature > 0:
+        raise ValueError(f"temperature is {temperature}: it divides the logits and must be above 0")
+    wide = logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
+    # Out of place: the caller may read the logits again (a value, a second temperature).
+    return torch.log_softmax(wide / temperature if temperature != 1.0 else wide, dim=-1)
+
+
+def logprobs_from_logits(logits: Tensor, ids: Tensor, temperature: float = 1.0) -> Tensor:
+    """Log-probability of each sampled token under softmax(logits / temperature).
+
+    Args:
+        logits: [B, T, V], position t scores token t (already shifted by the caller).
+        ids: [B, T] int64, the sampled tokens.
+        temperature: divides the logits, above 0.
+    Returns:
+        [B, T] in nats, fp32 or wider.
+    """
+    if logits.shape[:-1] != ids.shape:
+        raise ValueError(f"logits {tuple(logits.shape)} and ids {tuple(ids.shape)} do not describe the same tokens")
+    return _log_softmax(logits, temperature).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+
+
+def entropy_from_logits(logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """Entropy in nats of softmax(logits / temperature), the distribution that is sampled from.
+
+    Args:
+        logits: [..., V], finite.
+    Returns:
+        [...] in nats, between 0 and log V, fp32 or wider.
+    """
+    logp = _log_softmax(logits, temperature)
+    return -(logp.exp() * logp).sum(-1)

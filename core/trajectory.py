@@ -1,0 +1,82 @@
+"""Trajectory: one response and everything that is known about it, token by token.
+
+Legend: P prompt tokens, T response tokens. One alignment rule holds everywhere: a per-token array is indexed by the
+response token it belongs to. Position t is the action `response_ids[t]`, its log-probability, its reward, and the
+value of the state before it.
+"""
+
+import hashlib
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import numpy as np
+
+FinishReason = Literal["stop", "length", "abort"]
+
+
+def sample_uid(run_id: str, ordinal: int, k: int) -> str:
+    """Identity of sample k of prompt `ordinal` in run `run_id`: 32 hex digits, the same on every host and attempt."""
+    return hashlib.blake2b(f"{run_id}/{ordinal}/{k}".encode(), digest_size=16).hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptRequest:
+    """One sample to write: a prompt and the identity of the answer. Written by rollout/prompts, completed by the group.
+
+    `ordinal` numbers the prompts of the logical stream (epoch and index are functions of it); `k` counts the samples
+    of one prompt; `attempt` counts executions of the same sample after a worker was lost.
+    """
+
+    ordinal: int
+    k: int
+    sample_uid: str
+    prompt_ids: np.ndarray  # [P] int64
+    columns: dict[str, Any]  # the row of the dataset, `prompt` included
+    seed: int  # of the run, or of the evaluation: with (ordinal, k, t) it decides each random number
+    attempt: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trajectory:
+    """One response, ragged, on the CPU. Each field has one writer (named here) and is written once.
+
+    Example, the prompt "2+2=" answered "4." and stopped, scored by two components:
+
+        prompt_ids        [17, 10, 17, 28]
+        response_ids      [ 19,    13,    0]       "4", ".", <eos>
+        rollout_logprobs  [-0.1,  -0.7, -0.2]      natural log, after temperature
+        token_offsets     [(0,1), (1,2), (2,2)]    code points of "4."; special tokens are empty
+        action_mask       [ 1,     1,    1]        0 on tokens the policy did not produce
+        policy_version    [ 3,     3,    3]        weights that produced each token
+        component_rewards {"truth": [1, 0, 0], "style": [0, -0.5, 0]}
+    """
+
+    request: PromptRequest  # rollout/prompts, rollout/group
+    response_ids: np.ndarray  # [T] int64, rollout engine
+    rollout_logprobs: np.ndarray  # [T] float32, rollout engine
+    action_mask: np.ndarray  # [T] bool, rollout/worker
+    token_offsets: np.ndarray  # [T, 2] int64, rollout/worker
+    policy_version: np.ndarray  # [T] int64, rollout/worker
+    finish_reason: FinishReason  # rollout/worker; an aborted response is never trained on
+    finished_at: float  # rollout/worker, seconds since the epoch: for reports only, nothing is decided by it
+    component_rewards: dict[str, np.ndarray] = field(default_factory=dict)  # name -> [T] float64 raw, reward_server
+    component_mask: dict[str, np.ndarray] = field(default_factory=dict)  # name -> [T] bool, False: does not apply
+    scored_at: float = 0.0  # reward_server
+
+    def __post_init__(self) -> None:
+        for name in ("rollout_logprobs", "action_mask", "token_offsets", "policy_version"):
+            assert len(getattr(self, name)) == len(self), f"{name} has {len(getattr(self, name))} of {len(self)} tokens"
+
+    def __len__(self) -> int:
+        """Number of response tokens T."""
+        return len(self.response_ids)
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """The place of this sample in every batch: batches are sorted by it, never by arrival."""
+        return (self.request.ordinal, self.request.k)
+
+    def scored(self, rewards: dict[str, np.ndarray], mask: dict[str, np.ndarray], *, scored_at: float) -> "Trajectory":
+        """The same response with its raw component rewards (each [T] float64)."""
+        assert not self.component_rewards, f"sample {self.request.sample_uid} was scored twice"
+        return replace(self, component_rewards=rewards, component_mask=mask, scored_at=scored_at)

@@ -1,0 +1,114 @@
+"""Builds the parts of a run from its configuration: the one place where they are wired together."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from core.config import Config
+from core.faults import UserError
+from launch.cluster import thread_plan
+from reward_server.client import RewardClient
+from reward_server.components import load_component
+from rollout.engines.transformers_engine import TransformersEngine, stop_ids
+from rollout.group import RolloutGroup
+from rollout.prompts import EVAL_SEED, PromptStream, load_rows
+
+
+def load_tokenizer(path: str) -> Any:
+    """The tokenizer of a model. Raises UserError if there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"model.path = {path}: no tokenizer loads from it ({reason})") from None
+
+
+def model_config(path: str) -> Any:
+    """The configuration of a causal LM. Raises UserError if there is none."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"model.path = {path}: no model configuration loads from it ({reason})") from None
+
+
+def response_room(cfg: Config) -> int | None:
+    """Prompt tokens that leave room for a whole response in the model's window; None where it names no window."""
+    window = getattr(model_config(cfg.model.path), "max_position_embeddings", None)
+    if window is None:
+        return None
+    if cfg.rollout.max_new_tokens >= window:
+        raise UserError(
+            f"rollout.max_new_tokens = {cfg.rollout.max_new_tokens}: the model's window is {window} tokens,"
+            " prompt and response together"
+        )
+    return window - cfg.rollout.max_new_tokens
+
+
+def prompt_streams(
+    cfg: Config, tokenizer: Any, rows: list[dict] | None = None, eval_rows: list[dict] | None = None
+) -> tuple[PromptStream, PromptStream | None]:
+    """Training prompts and held-out ones (None without `data.eval_path`). `rows` stand in for files."""
+    make = functools.partial(PromptStream, tokenizer=tokenizer, data=cfg.data, window=response_room(cfg))
+    if rows is None:
+        rows = load_rows(cfg.data.path, cfg.data.split)
+    training = make(rows, run_id=cfg.run.name, seed=cfg.run.seed, shuffle=cfg.data.shuffle)
+    if eval_rows is None and cfg.data.eval_path is not None:
+        eval_rows = load_rows(cfg.data.eval_path, cfg.data.eval_split)
+    if eval_rows is None:
+        return training, None
+    held_out = make(eval_rows, run_id="eval", seed=EVAL_SEED, shuffle=False, source="data.eval_path")
+    return training, held_out
+
+
+def check_rewards(cfg: Config, functions: dict[str, Callable] | None = None) -> None:
+    """Load each component once here, so that a missing one is found before anything is started."""
+    for name, spec in cfg.rewards.items():
+        if functions is None or name not in functions:
+            load_component(spec.fn)
+
+
+def rollout_group(cfg: Config, tokenizer: Any, device: str, note: Callable[[str], None]) -> RolloutGroup:
+    """Start the rollout workers; they load the model from disk and get version 0 from the learner."""
+    stop = stop_ids(cfg.model.path, tokenizer.eos_token_id)
+    load_engine = functools.partial(
+        TransformersEngine.load,
+        cfg.model.path,
+        stop,
+        dtype=cfg.model.dtype,
+        device=device,
+        temperature=cfg.rollout.temperature,
+        max_new_tokens=cfg.rollout.max_new_tokens,
+    )
+    _, threads = thread_plan(cfg)
+
+    def make_args(name: str) -> tuple[tuple, dict]:
+        load = functools.partial(load_tokenizer, cfg.model.path)
+        return (name, load_engine, load), {"threads": threads, "deterministic": cfg.run.deterministic}
+
+    return RolloutGroup(
+        cfg.rollout.workers,
+        make_args,
+        # No CPUs of Ray's count: on a small host the last actor would wait for ever.
+        actor_options={"num_cpus": 0},
+        chunk_size=cfg.rollout.chunk_size,
+        timeout_s=cfg.rollout.timeout_s,
+        max_losses=cfg.rollout.max_worker_losses,
+        note=note,
+    )
+
+
+def reward_client(cfg: Config, functions: dict[str, Callable] | None, note: Callable[[str], None]) -> RewardClient:
+    """Start the reward server."""
+    return RewardClient(
+        cfg.rewards,
+        functools.partial(load_tokenizer, cfg.model.path),
+        functions=functions,
+        timeout_s=cfg.resources.reward_timeout_s,
+        max_dropped_frac=cfg.run.max_dropped_frac,
+        note=note,
+    )

@@ -1,0 +1,123 @@
+"""The command `tokenppo`: verbs by argparse, keys of `train` from the schema. Imports nothing heavy."""
+
+import argparse
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from core.config import Config
+from core.faults import INTERRUPTED, TERMINATED, Fault, ProcessFault
+from launch import arguments, run_folder
+from launch.cluster import cores, die_with_parent
+
+GRACE_S = 8.0  # between the first signal and the killing of what is left
+
+
+def main(argv: list[str]) -> int:
+    """Returns the exit code; one line for each fault."""
+    parser = argparse.ArgumentParser(
+        prog="tokenppo",
+        description="RLHF in which every token is rewarded.",
+        epilog="first steps:  tokenppo train --config configs/cards.yaml   |   tokenppo train --help",
+    )
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    verbs.add_parser("train", add_help=False, help="train a model; `tokenppo train --help` lists every key")
+    evaluate = verbs.add_parser("evaluate", help="score held-out prompts with the weights of a finished run")
+    evaluate.add_argument("run", metavar="RUN", help="path of a run folder")
+    evaluate.add_argument("--weights", choices=("final", "best", "base"), default="final")
+    evaluate.add_argument("--data", help="other prompts than data.eval_path of the run")
+    try:
+        if argv[:1] == ["train"]:
+            return train(argv[1:])
+        args = parser.parse_args(argv)
+        return _evaluate(args)
+    except Fault as error:
+        for line in str(error).splitlines():
+            print(f"tokenppo: {line}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    import tokenppo
+
+    means = tokenppo.evaluate(args.run, weights=args.weights, data=args.data)
+    width = max(map(len, means))
+    print("\n".join(f"{name:<{width}}  {value:.4g}" for name, value in means.items()))
+    return 0
+
+
+def train(argv: list[str]) -> int:
+    """Check what was written, then start `accelerate launch -m launch.train` with the same words and wait for it."""
+    args = arguments.parse(argv)
+    if args.help:
+        print(arguments.help_text())
+        return 0
+    cfg = args.load()
+    if args.dry_run:
+        from launch.plan import plan
+
+        print(plan(cfg))
+        return 0
+    run_folder.refuse_used(cfg)
+    return _launch(argv, cfg)
+
+
+def accelerate_config(cfg: Config) -> Path:
+    """The accelerate file for one process on this machine."""
+    gpu = cfg.resources.device != "cpu" and shutil.which("nvidia-smi") is not None
+    return Path(__file__).parent / "accelerate" / ("gpu.yaml" if gpu else "cpu.yaml")
+
+
+def _launch(argv: list[str], cfg: Config) -> int:
+    with tempfile.TemporaryDirectory(prefix="tokenppo-") as scratch:
+        code_file = Path(scratch) / "exit_code"
+        # -P and PYTHONSAFEPATH: a folder `core` or `launch` where the user stands must not be taken for ours.
+        command = [sys.executable, "-P", "-m", "accelerate.commands.launch", "--quiet"]
+        command += ["--config_file", str(accelerate_config(cfg)), "--num_cpu_threads_per_process", str(cores())]
+        command += ["-m", "launch.train", *argv]
+        environment = os.environ | {"PYTHONSAFEPATH": "1", "TOKENPPO_EXIT_CODE_FILE": str(code_file)}
+        # In a session of its own: Ctrl-C reaches this process alone, which passes it on to the learner.
+        child = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=die_with_parent)
+        signal.signal(signal.SIGTERM, _raise_terminated)
+        signal.signal(signal.SIGHUP, _raise_terminated)
+        try:
+            child.wait()
+        except (KeyboardInterrupt, SystemExit) as error:
+            _stop(child)
+            return INTERRUPTED if isinstance(error, KeyboardInterrupt) else TERMINATED
+        if code_file.exists() and (text := code_file.read_text()):
+            return int(text)
+        raise ProcessFault(f"the learner process died without a word (accelerate launch returned {child.returncode})")
+
+
+def _raise_terminated(signum: int, frame: object) -> None:
+    raise SystemExit(TERMINATED)
+
+
+def _stop(child: subprocess.Popen) -> None:
+    """Interrupt the learner; after GRACE_S kill every descendant that is left. Waits at most that long."""
+    import psutil
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        family = psutil.Process(child.pid).children(recursive=True)
+        learners = psutil.Process(child.pid).children()
+    except psutil.NoSuchProcess:
+        return
+    for learner in learners or [psutil.Process(child.pid)]:
+        learner.send_signal(signal.SIGINT)
+    deadline = time.monotonic() + GRACE_S
+    while child.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    _, alive = psutil.wait_procs([p for p in family if p.is_running()], timeout=max(0.0, deadline - time.monotonic()))
+    for process in alive:
+        process.kill()
+    child.kill()
+    child.wait()

@@ -1,0 +1,101 @@
+"""Ray for one run: started here and ended here, or joined by address."""
+
+import ctypes
+import logging
+import os
+import secrets
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from core.config import Config
+from core.faults import ProcessFault, UserError
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def device(cfg: Config) -> str:
+    """`cpu` or `cuda`. Raises UserError where cuda is asked for and there is none."""
+    import torch
+
+    if cfg.resources.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("resources.device = cuda: torch sees no CUDA device; use cpu or auto")
+    return "cuda" if cfg.resources.device != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def thread_plan(cfg: Config) -> tuple[int, int]:
+    """CPU threads of (the learner, each rollout worker).
+
+    They work in turn, so both share all cores; more threads than cores would slow each other more than tenfold.
+    """
+    if cfg.run.deterministic:
+        return 1, 1
+    learner = cfg.resources.learner_threads or cores()
+    return learner, cfg.resources.worker_threads or max(1, cores() // cfg.rollout.workers)
+
+
+def prepare_environment() -> None:
+    """Environment of this process and its children; to be called before torch and ray are imported, which read it then.
+
+    Idle OpenMP threads must sleep: spinning ones steal the cores of the other processes.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("TQDM_DISABLE", "1")  # bars of libraries, from every process at once, over our own panel
+    if "ray" not in sys.modules:  # half a change of mode, after the import, locks Ray out of its own cluster
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+
+
+def _private_token() -> None:
+    """Write Ray's token file with mode 0600 before Ray writes it readable for everybody."""
+    token = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", Path.home() / ".ray" / "auth_token"))
+    if "RAY_AUTH_TOKEN" in os.environ or token.exists():
+        return
+    token.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        descriptor = os.open(token, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:  # another run of ours was faster
+        return
+    with os.fdopen(descriptor, "w") as file:
+        file.write(secrets.token_hex(32))
+
+
+@contextmanager
+def ray_session(cfg: Config) -> Iterator[None]:
+    """Ray up to the end of the block. Everything started inside dies with it, also if this process is killed."""
+    import ray
+
+    _private_token()
+    # Actors import our packages from where this process has them, not from a folder of the same name elsewhere.
+    house = str(Path(__file__).resolve().parent.parent)
+    environment = {"PYTHONPATH": os.pathsep.join([house, *filter(None, [os.environ.get("PYTHONPATH")])])}
+    try:
+        if cfg.resources.ray_address:
+            ray.init(address=cfg.resources.ray_address, logging_level=logging.WARNING)
+        else:
+            ray.init(
+                address="local",
+                num_cpus=cores(),
+                object_store_memory=cfg.resources.object_store_mb * 2**20,
+                include_dashboard=False,
+                logging_level=logging.WARNING,
+                runtime_env={"env_vars": environment},
+            )
+    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        where = f"resources.ray_address = {cfg.resources.ray_address}" if cfg.resources.ray_address else "this machine"
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ProcessFault(f"Ray did not start on {where}: {reason}") from None
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def die_with_parent() -> None:
+    """Ask Linux for SIGTERM when the parent of this process dies, so that a killed command leaves no orphans."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG

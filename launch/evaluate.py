@@ -1,0 +1,37 @@
+"""Evaluate a finished run: its weights on rollout workers, its rewards, held-out prompts; the code path of training."""
+
+from contextlib import ExitStack
+from pathlib import Path
+
+from core.config import load
+from core.faults import UserError
+from launch import build, cluster
+from trainer.evaluate import summary_of
+from trainer.loop import evaluate
+
+
+def evaluate_run(run: Path, *, weights: str, data: str | None) -> dict[str, float]:
+    """Means per response, as summary.json names them. See tokenppo.evaluate."""
+    if not (run / "config.yaml").is_file():
+        raise UserError(f"RUN = {run}: there is no run in this folder (no config.yaml)")
+    overrides: dict[str, object] = {} if data is None else {"data.eval_path": data}
+    if weights != "base":
+        overrides["model.path"] = str((run / weights).absolute())
+        if not (run / weights).is_dir():
+            raise UserError(f"--weights {weights}: {run / weights} does not exist")
+    cfg = load(run / "config.yaml", overrides)
+    if cfg.data.eval_path is None:
+        raise UserError("data.eval_path = null: this run has no held-out prompts; name some with --data")
+    build.check_rewards(cfg)
+    cluster.prepare_environment()
+    tokenizer = build.load_tokenizer(cfg.model.path)
+    _, held_out = build.prompt_streams(cfg, tokenizer)
+    with ExitStack() as stack:
+        stack.enter_context(cluster.ray_session(cfg))
+        group = build.rollout_group(cfg, tokenizer, cluster.device(cfg), print)
+        stack.callback(group.close)
+        rewards = build.reward_client(cfg, None, print)
+        stack.callback(rewards.close)
+        rewards.wait_ready()
+        group.wait_ready()
+        return summary_of(evaluate(cfg, held_out, group, rewards))

@@ -1,0 +1,22 @@
+# Sourced by demo.sh and test.sh: leaves $python, a Python with tokenppo and its test tools, in .venv beside pyproject.toml.
+# Does nothing where that is there already. PYTHON names the interpreter to start from (3.11 or newer).
+
+python="$PWD/.venv/bin/python"
+wanted=$(cksum < pyproject.toml)
+
+if [ "$(cat .venv/installed 2>/dev/null)" != "$wanted" ]; then
+    "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+        echo "tokenppo needs Python 3.11 or newer; set PYTHON to one, this is: $("${PYTHON:-python3}" --version 2>&1)" >&2
+        exit 2
+    }
+    echo "installing into .venv (about 2 GB; once)"
+    [ -x "$python" ] || "${PYTHON:-python3}" -m venv .venv
+    # Without a GPU this release of torch first: another would bring several GB of CUDA packages along.
+    if ! command -v nvidia-smi > /dev/null; then
+        "$python" -m pip install --quiet --disable-pip-version-check torch==2.13.0
+    fi
+    "$python" -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+    printf '%s\n' "$wanted" > .venv/installed
+fi
+# DeepSpeed compiles with the tools of this folder; idle threads of one process must not steal the cores of another.
+export PATH="$PWD/.venv/bin:$PATH" OMP_WAIT_POLICY=PASSIVE

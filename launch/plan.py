@@ -1,0 +1,58 @@
+"""What a run would do, in words and numbers, without doing any of it: `tokenppo train --dry-run`."""
+
+from core.config import Config
+from launch import build, cluster, run_folder
+
+GIB = 2**30
+
+
+def plan(cfg: Config) -> str:
+    """The plan as text. Checks what a run would check before it starts processes; writes nothing. Raises UserError."""
+    run_folder.refuse_used(cfg)
+    build.check_rewards(cfg)
+    tokenizer = build.load_tokenizer(cfg.model.path)
+    prompts, held_out = build.prompt_streams(cfg, tokenizer)
+    n_parameters, n_layers, n_vocab = _model_size(cfg.model.path)
+    learner_threads, worker_threads = cluster.thread_plan(cfg)
+    batch, mini, micro = cfg.rollout.batch_size, cfg.ppo.mini_batch_size, cfg.ppo.micro_batch_size
+    n_mini = batch // mini
+    # float32: weights, gradients, two moments of AdamW; then the frozen reference.
+    learner = n_parameters * 4 * 5
+    width = 4 if cfg.model.dtype == "float32" else 2
+    logits = micro * cfg.rollout.max_new_tokens * n_vocab * 4 * 3
+    rewards = ", ".join(f"{name} x {spec.weight:g}" for name, spec in cfg.rewards.items())
+    epochs = batch * cfg.run.steps / cfg.rollout.n_samples_per_prompt / len(prompts.rows)
+    lines = [
+        f"model      {cfg.model.path}: {n_parameters / 1e6:.2f} M parameters, {n_layers} layers, {cfg.model.dtype}",
+        f"prompts    {len(prompts.rows)} rows of {cfg.data.path}; the run sees each {epochs:.2g} times",
+        f"held out   {min(cfg.data.eval_prompts, len(held_out.rows))} of {len(held_out.rows)} rows of"
+        f" {cfg.data.eval_path}, before, every {cfg.run.eval_every} steps, after"
+        if held_out
+        else "held out   none: no evaluation (data.eval_path)",
+        f"rewards    {rewards}; less {cfg.ppo.kl_coef:g} x KL",
+        f"processes  1 learner ({learner_threads} threads), {cfg.rollout.workers} rollout workers"
+        f" ({worker_threads} threads each), 1 reward server",
+        f"one step   {cfg.prompts_per_step} prompts x {cfg.rollout.n_samples_per_prompt} samples = {batch} responses"
+        f" in {-(-batch // cfg.rollout.chunk_size)} chunks of {cfg.rollout.chunk_size}, up to"
+        f" {cfg.rollout.max_new_tokens} tokens each",
+        f"           {cfg.ppo.ppo_epochs} epochs x {n_mini} mini-batches of {mini} = {cfg.ppo.ppo_epochs * n_mini}"
+        f" optimizer steps; forward passes of {micro}",
+        f"run        {cfg.run.steps} steps, {cfg.optimizer_steps} optimizer steps,"
+        f" lr {cfg.optim.lr:g} {cfg.optim.schedule}",
+        f"memory     learner about {learner / GIB:.2g} GiB for weights, gradients, AdamW and reference, and"
+        f" {logits / GIB:.2g} GiB for logits; each worker {n_parameters * width / GIB:.2g} GiB for weights",
+        f"files      {cfg.run.folder}/: config.yaml, metrics.jsonl, summary.json, best/, final/"
+        + (f"; {', '.join(cfg.log.trackers)}" if cfg.log.trackers else ""),
+    ]
+    return "\n".join(lines)
+
+
+def _model_size(path: str) -> tuple[int, int, int]:
+    """Parameters, layers and vocabulary of a model, from its configuration alone: nothing is allocated."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    config = build.model_config(path)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    return model.num_parameters(), config.num_hidden_layers, config.vocab_size

@@ -1,0 +1,133 @@
+"""Train: one process of this per learner rank.
+
+    tokenppo train --config configs/cards.yaml --run.name first
+    accelerate launch --config_file launch/accelerate/cpu.yaml -m launch.train --config configs/cards.yaml
+
+The first line starts the second. Exit codes: core/faults.py.
+"""
+
+import inspect
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import tokenppo
+
+tokenppo.refuse_if_shadowed()
+
+from core.config import load  # noqa: E402
+from core.faults import TERMINATED, Fault, UserError, exit_code_of  # noqa: E402
+from launch import arguments, cluster  # noqa: E402
+
+if TYPE_CHECKING:
+    from launch.run import RunResult
+
+EXIT_CODE_FILE = "TOKENPPO_EXIT_CODE_FILE"  # set by `tokenppo train`: accelerate launch turns every failure into a 1
+
+
+def main(argv: list[str]) -> int:
+    """Run the command line; returns the exit code. One line for each fault, a traceback only for a bug of ours."""
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        args = arguments.parse(argv)
+        if args.help:
+            print(arguments.help_text())
+            return 0
+        cfg = args.load()
+        cluster.prepare_environment()
+        if args.dry_run:
+            from launch.plan import plan
+
+            print(plan(cfg))
+            return 0
+        from launch.run import run
+
+        result = run(cfg)
+        print(_farewell(result))
+        return 0
+    except (Fault, KeyboardInterrupt, SystemExit) as error:
+        _say(error)
+        return exit_code_of(error)
+
+
+def _terminate(signum: int, frame: object) -> None:
+    # An exception, so that what was started is ended on the way out.
+    raise SystemExit(TERMINATED)
+
+
+def _say(error: BaseException) -> None:
+    text = str(error) if isinstance(error, Fault) else "stopped before the end; all processes of this run were ended"
+    for line in text.splitlines():
+        print(f"tokenppo: {line}", file=sys.stderr)
+
+
+def _farewell(result: "RunResult") -> str:
+    evals, lines = result.summary["eval"], []
+    for when in ("before", "after", "best"):
+        if when in evals:
+            shown = ", ".join(f"{k} {v:.3g}" for k, v in evals[when].items() if k != "step" and "/" not in k)
+            reward = f"reward {evals[when]['reward/total']:.2f}"
+            lines.append(f"{when:>7} (step {evals[when]['step']}): " + ", ".join(filter(None, [reward, shown])))
+    return "\n".join([*lines, f"results: {result.folder} (metrics.jsonl, summary.json, best/, final/)"])
+
+
+def train_in_process(
+    *,
+    model: str | dict[str, Any],
+    rewards: dict[str, Any],
+    prompts: list[Any] | None,
+    held_out: list[Any] | None,
+    config: str | Path | None,
+    sections: dict[str, dict[str, Any]],
+) -> "RunResult":
+    """What `tokenppo.train` does; see there."""
+    overrides: dict[str, Any] = {}
+    for section, values in ({"model": {"path": model} if isinstance(model, str) else model} | sections).items():
+        if not isinstance(values, dict):
+            raise UserError(f"{section} = {values!r}: a section is a dict of its keys, see `tokenppo train --help`")
+        overrides |= {f"{section}.{key}": value for key, value in values.items()}
+    functions: dict[str, Callable] = {}
+    for name, given in rewards.items():
+        spec = dict(given) if isinstance(given, dict) else {"fn": given}
+        if callable(spec.get("fn")):
+            functions[name] = spec["fn"]
+            spec["fn"] = _name_of(spec["fn"])
+        overrides |= {f"rewards.{name}.{key}": value for key, value in spec.items()}
+    inline: dict[str, list[dict[str, Any]] | None] = {"rows": None, "eval_rows": None}
+    folder = Path(overrides.get("run.dir", "runs")) / str(overrides.get("run.name", "run"))
+    column = overrides.get("data.prompt_column", "prompt")
+    for key, field, given in (("data.path", "rows", prompts), ("data.eval_path", "eval_rows", held_out)):
+        if given is not None:
+            inline[field] = [row if isinstance(row, dict) else {column: row} for row in given]
+            overrides[key] = str(folder / ("prompts.jsonl" if field == "rows" else "held_out.jsonl"))
+    cfg = load(Path(config) if config is not None else None, overrides)
+    cluster.prepare_environment()
+    from launch.run import Inline, run
+
+    return run(cfg, Inline(functions=functions, **inline))
+
+
+def _name_of(fn: Callable) -> str:
+    """`file.py:name` where another process could load it from there, else a name that says it was handed over."""
+    name = getattr(fn, "__qualname__", type(fn).__name__)
+    try:
+        file = inspect.getsourcefile(fn)
+    except TypeError:
+        file = None
+    loadable = file and file.endswith(".py") and name.isidentifier()
+    return f"{os.path.abspath(file)}:{name}" if loadable else f"handed_over:{name}"
+
+
+if __name__ == "__main__":
+    if EXIT_CODE_FILE in os.environ:
+        cluster.die_with_parent()
+    code = 1  # of a bug of ours, whose traceback is shown
+    try:
+        code = main(sys.argv[1:])
+    finally:
+        if EXIT_CODE_FILE in os.environ:
+            Path(os.environ[EXIT_CODE_FILE]).write_text(str(code))
+    sys.exit(code)

@@ -1,0 +1,425 @@
+"""Reward components: how they are named, called, and how their answers become one number per token.
+
+A component is a function or class of the user. For a batch of completions it answers with one entry each:
+
+    0.5                           a float goes to the last token
+    [0.0, 0.1, -1.0]              a list of T floats, one per token
+    [Span(0, 4, 1.0)]             scores for ranges of characters; [] is no range at all: zero everywhere
+    None                          does not apply: masked, which is not zero
+
+TRL's reward functions run unmodified: `f(prompts, completions, completion_ids, **columns)`. Ours may also take
+`offsets` and `finish_reasons`. A function gets those of these arguments that its signature names; a class gets its
+options once and is called like a function.
+
+Whatever goes wrong in a component becomes a RewardFault, never a number.
+
+Legend: B samples, T response tokens (differs from sample to sample).
+"""
+
+import asyncio
+import difflib
+import functools
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import math
+import operator
+import sys
+import traceback
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from core.faults import RewardFault, UserError
+from core.trajectory import FinishReason, Trajectory
+
+PASSED = ("prompts", "completions", "completion_ids", "offsets", "finish_reasons")  # to every component that wants them
+Messages = list[dict[str, Any]]
+
+
+class Span(NamedTuple):
+    """A score for the characters [start, end) of the completion, in code points; its tokens share it evenly."""
+
+    start: int
+    end: int
+    score: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreRequest:
+    """What the components of one batch get to see. All lists have B entries, in the order of the answers.
+
+    Example, one sample:
+
+        prompts         ["2+2="]            or [[{"role": "user", "content": "2+2="}]]
+        completions     ["4."]              then [[{"role": "assistant", "content": "4."}]]
+        completion_ids  [[19, 13, 0]]
+        offsets         [array([[0, 1], [1, 2], [2, 2]])]
+        finish_reasons  ["stop"]
+        uids            ["5b2f..."]
+        columns         {"answer": ["4"]}   None in rows of the dataset that have no such column
+    """
+
+    prompts: list[str | Messages]
+    completions: list[str | Messages]
+    completion_ids: list[list[int]]  # B x [T]
+    offsets: list[np.ndarray]  # B x [T, 2] int64 code points of the completion's text
+    finish_reasons: list[FinishReason]
+    uids: list[str]
+    columns: dict[str, list[Any]]
+
+    def __post_init__(self) -> None:
+        """Raises UserError for a column with the name of an argument, ValueError for lists of unequal length."""
+        for name in self.columns:
+            if name in PASSED or name == "prompt":
+                raise UserError(
+                    f"data column `{name}`: reward components get an argument of this name from tokenppo; "
+                    f"rename the column (taken: prompt, {', '.join(PASSED)})"
+                )
+        named = {name: getattr(self, name) for name in PASSED} | self.columns
+        for name, values in named.items():
+            if len(values) != len(self):
+                raise ValueError(f"`{name}` has {len(values)} entries for {len(self)} samples")
+
+    def __len__(self) -> int:
+        """Number of samples B."""
+        return len(self.uids)
+
+    @classmethod
+    def from_trajectories(cls, trajectories: Sequence[Trajectory], texts: Sequence[str]) -> "ScoreRequest":
+        """The request for finished responses; `texts[i]` is the text that the offsets of `trajectories[i]` count in."""
+        rows = [trajectory.request.columns for trajectory in trajectories]
+        names = dict.fromkeys(name for row in rows for name in row if name != "prompt")
+        return cls(
+            prompts=[row["prompt"] for row in rows],
+            completions=[
+                text if isinstance(row["prompt"], str) else [{"role": "assistant", "content": text}]
+                for row, text in zip(rows, texts, strict=True)
+            ],
+            completion_ids=[trajectory.response_ids.tolist() for trajectory in trajectories],
+            offsets=[trajectory.token_offsets for trajectory in trajectories],
+            finish_reasons=[trajectory.finish_reason for trajectory in trajectories],
+            uids=[trajectory.request.sample_uid for trajectory in trajectories],
+            columns={name: [row.get(name) for row in rows] for name in names},
+        )
+
+
+class Component:
+    """One named reward: a function that gets `options` with each call, or a class that gets them once.
+
+    Raises UserError at birth where the options do not fit.
+    """
+
+    def __init__(self, name: str, fn: Callable, options: dict[str, Any] | None = None) -> None:
+        self.name = name
+        self._options = dict(options or {})
+        if inspect.isclass(fn):
+            self._check_options(fn, taken=())
+            try:
+                fn = fn(**self._options)
+            except Exception as error:
+                raise UserError(f"rewards.{name}: {_label(fn)}(**options) {_raised(error, _file_of(fn))}") from None
+            self._options = {}
+        else:
+            self._check_options(fn, taken=PASSED)
+        if not callable(fn):
+            raise UserError(f"rewards.{name}: a {type(fn).__name__} cannot be called; give its class a __call__")
+        self._fn = fn
+
+    def score(self, batch: ScoreRequest) -> list[Any]:
+        """The B entries that the function answers, as they are. Coroutines (TRL has them) are awaited here.
+
+        Raises RewardFault, naming the component, where the function raises or does not answer with B entries.
+        """
+        arguments = self._arguments(batch)
+        try:
+            answer = self._fn(**arguments)
+            if inspect.isawaitable(answer):
+                answer = asyncio.run(_awaited(answer))
+        except Exception as error:  # not SystemExit: that is how a worker is told to end
+            raise self._fault(f"{_label(self._fn)} {_raised(error, _file_of(self._fn))}") from None
+        is_list = isinstance(answer, (list, tuple)) and not isinstance(answer, Span)
+        if not is_list and not (hasattr(answer, "tolist") and getattr(answer, "ndim", 0) > 0):
+            raise self._fault(f"answered {_shown(answer)}; allowed is a list with one entry per completion")
+        if len(answer) != len(batch):
+            raise self._fault(f"answered {len(answer)} entries for {len(batch)} completions; one for each is wanted")
+        return list(answer)
+
+    def _arguments(self, batch: ScoreRequest) -> dict[str, Any]:
+        """Keyword arguments of one call, cut to the signature; copies, so that no component writes into another's."""
+        for name in batch.columns:
+            if name in self._options:
+                raise self._fault(f"`{name}` is both an option of it and a column of the data; rename one")
+        offered: dict[str, Any] = {name: getattr(batch, name) for name in PASSED} | batch.columns
+        parameters = _parameters(self._fn)
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+            offered = {name: values for name, values in offered.items() if name in parameters}
+        for name, parameter in parameters.items():
+            required = parameter.default is parameter.empty and parameter.kind in _BY_NAME
+            if required and name not in offered and name not in self._options:
+                raise self._fault(
+                    f"{_label(self._fn)} wants `{name}`, which is no column of the data and no option"
+                    f"{_nearest(name, [*batch.columns, *PASSED])}"
+                )
+        return {name: _copied(name, values) for name, values in offered.items()} | self._options
+
+    def _check_options(self, fn: Callable, taken: Iterable[str]) -> None:
+        parameters = _parameters(fn)
+        names = [name for name, parameter in parameters.items() if parameter.kind in _BY_NAME and name not in taken]
+        takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+        for option in self._options:
+            if option in taken or (option not in names and not takes_any):
+                raise UserError(f"rewards.{self.name}: {_label(fn)} has no option `{option}`{_nearest(option, names)}")
+
+    def _fault(self, reason: str) -> RewardFault:
+        return RewardFault(f"component {self.name!r}: {reason}")
+
+
+def score_component(component: Component, batch: ScoreRequest) -> list[tuple[np.ndarray, np.ndarray] | RewardFault]:
+    """For each of the B samples its rewards and mask ([T] float64, [T] bool), or the fault that it has instead.
+
+    Never raises for what a component does. A fault of the call (an exception, a wrong number of entries) is that of
+    every sample; a fault in one entry is that of its sample alone. Each names the component and the sample.
+    """
+    try:
+        answers = component.score(batch)
+    except RewardFault as fault:
+        return [RewardFault(f"sample {uid}: {fault}") for uid in batch.uids]
+    placed: list[tuple[np.ndarray, np.ndarray] | RewardFault] = []
+    for answer, offsets, uid in zip(answers, batch.offsets, batch.uids, strict=True):
+        try:
+            placed.append(place(answer, offsets, component=component.name, uid=uid))
+        except RewardFault as fault:
+            placed.append(fault)
+    return placed
+
+
+def place(answer: Any, offsets: np.ndarray, *, component: str, uid: str) -> tuple[np.ndarray, np.ndarray]:
+    """One entry of a component's answer as raw rewards [T] float64 and mask [T] bool (False: does not apply).
+
+    `offsets` [T, 2] are the code points of each token, covering the text, starts in ascending order. A span goes to
+    the tokens it overlaps, where a character shared by several tokens counts for its last one; they share the score
+    evenly, and the last takes the remainder, so that `math.fsum` of a span's parts is its score, exactly. Where spans
+    meet on a token their parts add up. Raises RewardFault, naming component and sample, for anything else.
+    """
+
+    def fault(reason: str) -> RewardFault:
+        return RewardFault(f"sample {uid}: component {component!r}: {reason}")
+
+    tokens = len(offsets)
+    if tokens == 0:
+        raise fault("the response has no tokens, so there is nothing to reward; aborted responses are not scored")
+    rewards = np.zeros(tokens)
+    if answer is None:
+        return rewards, np.zeros(tokens, dtype=bool)
+    if isinstance(answer, list) and all(isinstance(entry, Span) for entry in answer):
+        _spread(answer, np.asarray(offsets), rewards, fault)
+        return rewards, np.ones(tokens, dtype=bool)
+    plain = answer.tolist() if hasattr(answer, "tolist") else answer  # arrays, tensors and their scalars
+    allowed = f"allowed: a finite float, a list of {tokens} finite floats, a list of Span(start, end, score), or None"
+    if not isinstance(plain, list):
+        rewards[-1] = _number(plain)
+        if not np.isfinite(rewards[-1]):
+            raise fault(f"got {_shown(answer)}; {allowed}")
+    else:
+        if len(plain) != tokens:
+            raise fault(f"got a list of {len(plain)} entries for {tokens} tokens; {allowed}")
+        rewards[:] = [_number(entry) for entry in plain]
+        wrong = np.flatnonzero(~np.isfinite(rewards))
+        if len(wrong):
+            raise fault(f"got {_shown(plain[wrong[0]])} for token {wrong[0]}; {allowed}")
+    return rewards, np.ones(tokens, dtype=bool)
+
+
+def _spread(spans: list[Span], offsets: np.ndarray, rewards: np.ndarray, fault: Callable[[str], RewardFault]) -> None:
+    """Adds the parts of each span to `rewards` [T]; `offsets` [T, 2]."""
+    starts, stops = offsets[:, 0], offsets[:, 1]
+    length = int(stops.max())
+    # A token owns its characters up to the start of the next token that has any: a shared one is its last token's.
+    nowhere = length + 1
+    from_here = np.minimum.accumulate(np.where(stops > starts, starts, nowhere)[::-1])[::-1]
+    owned_stops = np.minimum(stops, np.append(from_here[1:], nowhere))
+    for span in spans:
+        start, end, score = _index(span.start), _index(span.end), _number(span.score)
+        if start is None or end is None:
+            raise fault(f"{_shown(span)}: start and end are whole numbers of characters")
+        if not math.isfinite(score):
+            raise fault(f"{_shown(span)}: the score must be a finite float")
+        if not 0 <= start < end <= length:
+            raise fault(f"{_shown(span)}: allowed is 0 <= start < end <= {length}, the characters of the completion")
+        reached = np.flatnonzero((starts < end) & (owned_stops > start) & (owned_stops > starts))
+        if len(reached) == 0:
+            raise fault(f"{_shown(span)} meets no token")
+        part = score / len(reached)
+        parts = [part] * (len(reached) - 1)
+        parts.append(math.fsum([score, *(-part for part in parts)]))
+        with np.errstate(over="ignore"):
+            rewards[reached] += parts
+    if not np.isfinite(rewards).all():
+        raise fault("the scores of its spans add up to more than a float64 holds")
+
+
+def _number(value: Any) -> float:
+    """`value` as a float; NaN for anything that is no number, bool included, which the caller refuses."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return math.nan
+    try:
+        return float(value)
+    except OverflowError:  # an int that no float holds
+        return math.inf
+
+
+def _index(value: Any) -> int | None:
+    """`value` as an int, numpy's included; None for anything else, bool included."""
+    try:
+        return None if isinstance(value, (bool, np.bool_)) else operator.index(value)
+    except TypeError:
+        return None
+
+
+def load_component(spec: str) -> Callable:
+    """The function or class that `pkg.mod:fn` or `path/file.py:fn` names.
+
+    A file is loaded once per process under a module name of its own; `sys.path` stays as it is, so a file that
+    imports its neighbour must be part of an installed package. Raises UserError, in one line, where there is no such
+    file, module or name, where importing it raises, and where the name is nothing that can be called.
+    """
+    target, colon, attribute = spec.rpartition(":")
+    if not (colon and target and attribute):
+        raise UserError(f"component `{spec}`: write `pkg.mod:fn` or `path/file.py:fn`")
+    in_file = target.endswith(".py") or "/" in target
+    module = _module_of_file(spec, Path(target)) if in_file else _module_by_name(spec, target)
+    if not hasattr(module, attribute):
+        names = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
+        raise UserError(f"component `{spec}`: {target} has no `{attribute}`{_nearest(attribute, names)}")
+    fn = getattr(module, attribute)
+    if not callable(fn):
+        raise UserError(f"component `{spec}`: `{attribute}` is a {type(fn).__name__}, not a function or class")
+    return fn
+
+
+def _module_of_file(spec: str, path: Path) -> ModuleType:
+    path = path.expanduser().resolve()
+    if not path.is_file():
+        neighbours = [other.name for other in path.parent.glob("*.py")] if path.parent.is_dir() else []
+        raise UserError(f"component `{spec}`: there is no file {path}{_nearest(path.name, neighbours)}")
+    name = f"component_{hashlib.blake2b(str(path).encode(), digest_size=8).hexdigest()}"
+    if name in sys.modules:
+        return sys.modules[name]
+    file_spec = importlib.util.spec_from_file_location(name, path)
+    if file_spec is None or file_spec.loader is None:
+        raise UserError(f"component `{spec}`: {path} is no Python file; its name must end in .py")
+    module = importlib.util.module_from_spec(file_spec)
+    sys.modules[name] = module  # dataclasses and pickle look their module up here
+    try:
+        file_spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        del sys.modules[name]
+        raise UserError(f"component `{spec}`: importing {path} {_raised(error, str(path))}") from None
+    return module
+
+
+def _module_by_name(spec: str, name: str) -> ModuleType:
+    file = None
+    try:
+        found = importlib.util.find_spec(name)
+        file = found.origin if found else None
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is not None and (name == error.name or name.startswith(f"{error.name}.")):
+            raise UserError(
+                f"component `{spec}`: no module named {error.name!r} is installed; a file is named `path/file.py:fn`"
+            ) from None
+        raise UserError(f"component `{spec}`: importing {name} {_raised(error, file)}") from None
+    except (Exception, SystemExit) as error:
+        raise UserError(f"component `{spec}`: importing {name} {_raised(error, file)}") from None
+
+
+_BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+_ANYTHING = {"kwargs": inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD)}
+
+
+def _parameters(fn: Callable) -> dict[str, inspect.Parameter]:
+    try:
+        return dict(inspect.signature(fn).parameters)
+    except (TypeError, ValueError):  # some functions written in C do not tell
+        return _ANYTHING
+
+
+def _copied(name: str, values: list[Any]) -> list[Any]:
+    """Lists and dicts of an argument anew, arrays read-only, anything else as it is."""
+    if name == "offsets":
+        views = [array.view() for array in values]
+        for view in views:
+            view.flags.writeable = False
+        return views
+    if name == "completion_ids":
+        return [list(ids) for ids in values]
+    return _deep(values)
+
+
+def _deep(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_deep(entry) for entry in value]
+    if isinstance(value, dict):
+        return {key: _deep(entry) for key, entry in value.items()}
+    return value
+
+
+async def _awaited(answer: Awaitable[Any]) -> Any:
+    return await answer
+
+
+def _nearest(name: str, names: Iterable[str]) -> str:
+    """The end of a message about `name`: what may have been meant, else what there is."""
+    names = list(names)
+    close = difflib.get_close_matches(name, names, n=1)
+    if close:
+        return f"; did you mean `{close[0]}`?"
+    return f"; there is {', '.join(sorted(names)[:12])}" if names else ""
+
+
+def _shown(value: Any) -> str:
+    """A value in a message: short, one line, with its type where that is not obvious."""
+    text = " ".join(repr(value).split())
+    text = text if len(text) <= 80 else f"{text[:77]}..."
+    return text if isinstance(value, Span) or value is None else f"{text} ({type(value).__name__})"
+
+
+def _label(fn: Callable) -> str:
+    return getattr(fn, "__qualname__", None) or type(fn).__qualname__
+
+
+def _file_of(fn: Callable) -> str | None:
+    """The source file of a function, class or callable object, as its frames name it."""
+    while isinstance(fn, functools.partial):
+        fn = fn.func
+    fn = inspect.unwrap(fn)
+    fn = fn.__init__ if inspect.isclass(fn) else fn
+    code = getattr(fn, "__code__", None) or getattr(type(fn).__call__, "__code__", None)
+    return code.co_filename if code else None
+
+
+def _raised(error: BaseException, file: str | None) -> str:
+    """`raised KeyError: 'answer' (rewards.py:12, in score)`: the innermost line in `file`, else their outermost."""
+    message = " ".join(str(error).split())
+    message = message if len(message) <= 300 else f"{message[:297]}..."
+    text = f"raised {type(error).__name__}: {message}" if message else f"raised {type(error).__name__}"
+    if isinstance(error, SyntaxError) and error.filename and not error.filename.startswith("<"):
+        return f"{text} ({error.filename}:{error.lineno})"
+    frames = [(frame.f_code, line) for frame, line in traceback.walk_tb(error.__traceback__)]
+    theirs = [
+        (code, line) for code, line in frames if code.co_filename not in _OURS and "<frozen" not in code.co_filename
+    ]
+    there = [(code, line) for code, line in theirs if code.co_filename == file][-1:] or theirs[:1]
+    return f"{text} ({there[0][0].co_filename}:{there[0][1]}, in {there[0][0].co_name})" if there else text
+
+
+_OURS = (_raised.__code__.co_filename, importlib.__file__)

@@ -1,0 +1,30 @@
+"""What a rollout worker needs of an engine. transformers_engine.py has the embedded one."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from torch import Tensor
+
+from core.trajectory import FinishReason, PromptRequest
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generation:
+    response_ids: np.ndarray  # [T] int64, the stop token included
+    logprobs: np.ndarray  # [T] float32, of the distribution that was sampled from: after temperature
+    finish_reason: FinishReason
+
+
+class Engine(Protocol):
+    def generate(self, requests: list[PromptRequest]) -> list[Generation]:
+        """One response to each request, in order; the ids are a function of (weights, prompt, seed, ordinal, k)."""
+        ...
+
+    def logprobs(self, prompt_ids: np.ndarray, response_ids: np.ndarray) -> np.ndarray:
+        """Log-probs of given responses under the weights in use: [B, P], [B, T] int64 without padding -> [B, T]."""
+        ...
+
+    def live_tensors(self) -> dict[str, Tensor]:
+        """The very tensors that `generate` reads, parameters and buffers, by name; a weight sync writes into them."""
+        ...

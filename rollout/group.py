@@ -1,0 +1,212 @@
+"""RolloutGroup: the driver's side of the rollout workers. Deals out chunks, replaces workers that die or hang.
+
+    driver (one thread)                               worker i (one call at a time)
+      generate(requests) --chunk-->                     generate            -> refs, receipt
+      wait: any receipt, or the nearest deadline  <---  (dies, hangs, answers)
+      yield refs of the chunk that is ready             next chunk
+      update_weights --manifest, buckets, probe-->      begin, receive*, commit -> WeightAck
+
+What waits here waits for a receipt or an acknowledgement, with a deadline of `timeout_s`; a worker that misses it is
+killed, replaced and its chunk dealt out again with attempt + 1. Ray retries nothing by itself: a retried call could run
+twice unseen. A replacement gets the latest weights before its first chunk. `close` kills all workers.
+"""
+
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+
+from core.faults import Fault, ProcessFault
+from core.trajectory import PromptRequest
+from core.weights import Probe, WeightAck, WeightManifest
+from rollout.worker import RolloutWorker
+
+
+@dataclass(frozen=True)
+class WeightUpdate:
+    """One version as it lies in the object store: kept for workers that start later."""
+
+    manifest: WeightManifest
+    buckets: list[Any]  # ObjectRefs of [n] uint8
+    probe: Probe
+    verify: Callable[[WeightAck], None]  # raises InvariantFault if a worker computes other numbers than the learner
+
+
+@dataclass
+class _Slot:
+    """A place for a worker. Whoever sits in it changes when a worker is replaced; `incarnation` counts them."""
+
+    index: int
+    incarnation: int = -1
+    actor: Any = None
+    receipt: Any = None  # ObjectRef of what it is doing now: starting (until `ready`) or writing `chunk`
+    ready: bool = False
+    chunk: list[PromptRequest] = field(default_factory=list)
+    result: Any = None  # ObjectRef of the trajectories it is writing
+    deadline: float = 0.0
+
+    @property
+    def name(self) -> str:
+        return f"worker-{self.index}" + (f".{self.incarnation}" if self.incarnation else "")
+
+
+class RolloutGroup:
+    def __init__(
+        self,
+        n_workers: int,
+        make_args: Callable[[str], tuple[tuple, dict]],
+        *,
+        actor_options: dict[str, Any],
+        chunk_size: int,
+        timeout_s: float,
+        max_losses: int,
+        note: Callable[[str], None],
+    ) -> None:
+        """
+        Args:
+            make_args: name of a worker -> positional and keyword arguments of its `RolloutWorker`.
+            actor_options: Ray's options for each worker (num_cpus, num_gpus).
+            note: told in one line of each worker that is lost.
+        """
+        self._make_args, self._actor_options = make_args, actor_options
+        self._chunk_size, self._timeout_s, self._max_losses, self._note = chunk_size, timeout_s, max_losses, note
+        self._latest: WeightUpdate | None = None
+        self._slots = [_Slot(i) for i in range(n_workers)]
+        self.pids: dict[str, int] = {}
+        self.counters: Counter[str] = Counter()
+        self.tokens = 0  # written since the start
+        for slot in self._slots:
+            self._spawn(slot)
+
+    def wait_ready(self) -> None:
+        """Until every worker has loaded its model. Deadline `timeout_s` per worker."""
+        while starting := [slot for slot in self._slots if not slot.ready]:
+            self._await_any(starting)
+
+    def generate(self, requests: list[PromptRequest]) -> Iterator[Any]:
+        """Yield an ObjectRef of list[Trajectory] for each chunk, as it is finished. Nothing is fetched."""
+        size = self._chunk_size
+        todo = deque(requests[i : i + size] for i in range(0, len(requests), size))
+        while todo or any(slot.chunk for slot in self._slots):
+            for slot in self._slots:
+                if todo and slot.ready and not slot.chunk:
+                    self._assign(slot, todo.popleft())
+            yield from self._await_any([s for s in self._slots if s.receipt is not None], todo)
+
+    def update_weights(self, update: WeightUpdate, timeout_s: float) -> int:
+        """Give a version to every worker and verify what each one acknowledges; returns how many did.
+
+        A worker that dies or misses the deadline is replaced, and its replacement acknowledges in `_await_any` before
+        it gets a chunk. Raises what a worker raised (a damaged or older version), or InvariantFault from `verify`.
+        """
+        self._latest = update
+        pending = {slot.index: self._send(slot) for slot in self._slots if slot.ready}
+        deadline, verified = time.monotonic() + timeout_s, 0
+        for slot in self._slots:
+            if slot.index in pending:
+                try:
+                    update.verify(ray.get(pending[slot.index], timeout=max(0.0, deadline - time.monotonic())))
+                    verified += 1
+                except (RayActorError, GetTimeoutError) as error:
+                    self._lose(slot, f"while weights of version {update.manifest.version} were sent", error)
+                except RayTaskError as error:
+                    raise self._cause(error, slot) from None
+        for slot in self._slots:
+            if slot.index not in pending and not slot.ready:  # it is still starting: queue this version behind
+                slot.receipt = self._send(slot)
+        return verified
+
+    def close(self) -> None:
+        """Kill every worker; what they were writing is lost."""
+        for slot in self._slots:
+            if slot.actor is not None:
+                ray.kill(slot.actor)
+                slot.actor = slot.receipt = None
+
+    def _spawn(self, slot: _Slot) -> None:
+        slot.incarnation += 1
+        args, kwargs = self._make_args(slot.name)
+        slot.actor = ray.remote(RolloutWorker).options(max_restarts=0, **self._actor_options).remote(*args, **kwargs)
+        slot.ready, slot.chunk, slot.result = False, [], None
+        slot.receipt = slot.actor.hello.remote()
+        if self._latest is not None:
+            slot.receipt = self._send(slot)
+        slot.deadline = time.monotonic() + self._timeout_s
+
+    def _send(self, slot: _Slot) -> Any:
+        """Queue a whole weight update at a worker; the ObjectRef of its acknowledgement."""
+        update = self._latest
+        slot.actor.begin_update.remote(update.manifest)
+        for index, bucket in enumerate(update.buckets):
+            slot.actor.receive_bucket.remote(index, bucket)
+        return slot.actor.commit_update.remote(update.probe)
+
+    def _assign(self, slot: _Slot, chunk: list[PromptRequest]) -> None:
+        slot.chunk = chunk
+        slot.result, slot.receipt = slot.actor.generate.options(num_returns=2).remote(chunk)
+        slot.deadline = time.monotonic() + self._timeout_s
+
+    def _await_any(self, slots: list[_Slot], todo: deque | None = None) -> list[Any]:
+        """Wait until one of the slots has news or a deadline passes; returns the refs of chunks that are finished."""
+        timeout = max(0.0, min(slot.deadline for slot in slots) - time.monotonic())
+        done, _ = ray.wait([slot.receipt for slot in slots], num_returns=1, timeout=timeout)
+        finished = []
+        for slot in slots:
+            overdue = time.monotonic() >= slot.deadline
+            if slot.receipt not in done and not overdue:
+                continue
+            try:
+                answer = ray.get(slot.receipt, timeout=0)
+            except (RayActorError, GetTimeoutError) as error:
+                if slot.chunk:
+                    retry = [replace(request, attempt=request.attempt + 1) for request in slot.chunk]
+                    self.counters["prompts_redispatched"] += len(retry)
+                    todo.appendleft(retry)
+                self._lose(slot, "while it wrote" if slot.chunk else "while it started", error)
+                continue
+            except RayTaskError as error:
+                raise self._cause(error, slot) from None
+            slot.receipt = None
+            if slot.chunk:
+                finished.append(slot.result)
+                self.tokens += answer
+                slot.chunk, slot.result = [], None
+            else:
+                if isinstance(answer, WeightAck):
+                    self._latest.verify(answer)
+                slot.ready = True
+                self._welcome(slot)
+        return finished
+
+    def _welcome(self, slot: _Slot) -> None:
+        name, pid = ray.get(slot.actor.hello.remote(), timeout=self._timeout_s)
+        self.pids[name] = pid
+        if slot.incarnation:
+            version = f" with weights of version {self._latest.manifest.version}" if self._latest else ""
+            self._note(f"{name} (pid {pid}) serves{version}")
+
+    def _lose(self, slot: _Slot, when: str, error: Exception) -> None:
+        """Kill what is left of a worker (it may only hang) and start its successor. Raises ProcessFault if too many."""
+        reason = "missed its deadline" if isinstance(error, GetTimeoutError) else "died"
+        self.counters["worker_lost"] += 1
+        self.pids.pop(slot.name, None)
+        ray.kill(slot.actor)
+        if self.counters["worker_lost"] > self._max_losses:
+            raise ProcessFault(
+                f"{slot.name} {reason} {when}, the {self.counters['worker_lost']}th loss of a rollout worker;"
+                f" rollout.max_worker_losses is {self._max_losses}. Look at its last words above, often: no memory left"
+            )
+        self._note(f"{slot.name} {reason} {when}; a new one starts and its prompts are dealt out again")
+        self._spawn(slot)
+
+    @staticmethod
+    def _cause(error: RayTaskError, slot: _Slot) -> Exception:
+        """An exception of the worker's own code: it would come again on any worker."""
+        cause = error.cause
+        if isinstance(cause, Fault):
+            return cause
+        return ProcessFault(f"{slot.name} failed: {type(cause).__name__}: {cause}\n{error}")

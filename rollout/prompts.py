@@ -1,0 +1,144 @@
+"""Prompts in a fixed logical order: rows of a dataset -> PromptRequests with an identity.
+
+`ordinal` numbers the prompts of the endless stream: ordinal = epoch * rows + place, and the row at a place is a pure
+function of (seed, epoch). So a position is one integer, and any process can compute any prompt.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from core.config import DataConfig
+from core.faults import UserError
+from core.trajectory import PromptRequest, sample_uid
+
+EVAL_SEED = 2**32 + 1  # no run has it (run.seed < 2**32): evaluations never share random numbers with training
+
+
+def load_rows(path: str, split: str) -> list[dict[str, Any]]:
+    """All rows of a JSONL or Parquet file, or of a dataset id (through `datasets`). Raises UserError with file:line."""
+    file = Path(path)
+    if file.suffix in (".jsonl", ".json"):
+        return _read_jsonl(file)
+    if file.suffix == ".parquet":
+        import pyarrow.parquet
+
+        if not file.is_file():
+            raise UserError(f"data.path = {path}: there is no such file")
+        return pyarrow.parquet.read_table(file).to_pylist()
+    import datasets
+
+    try:
+        return datasets.load_dataset(path, split=split).to_list()
+    except (OSError, ValueError) as error:  # the library's own words say which of id, split or network it was
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"data.path = {path}: no JSONL or Parquet file and no dataset that loads ({reason})") from None
+
+
+def _read_jsonl(file: Path) -> list[dict[str, Any]]:
+    try:
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
+    except FileNotFoundError:
+        raise UserError(f"data.path = {file}: there is no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"data.path = {file}: cannot be read as UTF-8 text ({error})") from None
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{file}:{number}: not valid JSON ({error.msg} at column {error.colno})") from None
+        if not isinstance(row, dict):
+            raise UserError(f"{file}:{number}: a {type(row).__name__}, not an object with a prompt column")
+        rows.append(row)
+    return rows
+
+
+def encode_prompt(prompt: Any, tokenizer: Any) -> list[int]:
+    """Ids of a prompt: text as it is, messages through the chat template (which writes its own special tokens)."""
+    if isinstance(prompt, str):
+        return tokenizer.encode(prompt)
+    text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
+class PromptStream:
+    """An endless stream of samples to write; `position` (the next ordinal) is its whole state."""
+
+    def __init__(
+        self,
+        rows: list[dict[str, Any]],
+        tokenizer: Any,
+        data: DataConfig,
+        *,
+        run_id: str,
+        seed: int,
+        shuffle: bool,
+        window: int | None = None,
+        source: str = "data.path",
+    ) -> None:
+        """`window` is how many prompt tokens leave room for a response; None where the model names no limit."""
+        if not rows:
+            raise UserError(f"{source}: has no rows; each line must be an object with `{data.prompt_column}`")
+        limit = min(data.max_prompt_tokens, window) if window is not None else data.max_prompt_tokens
+        self.rows, self._prompt_ids = rows, []
+        for i, row in enumerate(rows):
+            prompt = row.get(data.prompt_column)
+            if not isinstance(prompt, str | list) or not prompt:
+                raise UserError(
+                    f"{source}: row {i + 1} has no text or messages in `{data.prompt_column}`"
+                    f" (its columns: {', '.join(row)}); see data.prompt_column"
+                )
+            ids = encode_prompt(prompt, tokenizer)
+            if not 0 < len(ids) <= limit:
+                raise UserError(
+                    f"{source}: the prompt of row {i + 1} has {len(ids)} tokens, {limit} fit"
+                    " (data.max_prompt_tokens, and the model's window less rollout.max_new_tokens)"
+                )
+            self._prompt_ids.append(np.asarray(ids, dtype=np.int64))
+        self._columns = [
+            {"prompt": row[data.prompt_column], **{c: v for c, v in row.items() if c != data.prompt_column}}
+            for row in rows
+        ]
+        self.run_id, self.seed, self.shuffle, self.position = run_id, seed, shuffle, 0
+        self._order: tuple[int, np.ndarray] | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex digest of all rows: the same data under another name is the same stream."""
+        return hashlib.blake2b(json.dumps(self.rows, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
+
+    def row_of(self, ordinal: int) -> int:
+        """Which row prompt `ordinal` is."""
+        epoch, place = divmod(ordinal, len(self.rows))
+        if not self.shuffle:
+            return place
+        if self._order is None or self._order[0] != epoch:
+            self._order = (epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.rows)))
+        return int(self._order[1][place])
+
+    def take(self, n_prompts: int, n_samples_per_prompt: int = 1) -> list[PromptRequest]:
+        """The next prompts, each n times, in order; moves the position on."""
+        ordinals = range(self.position, self.position + n_prompts)
+        self.position += n_prompts
+        return [self._request(ordinal, k) for ordinal in ordinals for k in range(n_samples_per_prompt)]
+
+    def first(self, n_prompts: int) -> list[PromptRequest]:
+        """The first prompts, one sample each, as an evaluation wants them; the position stays."""
+        return [self._request(ordinal, 0) for ordinal in range(min(n_prompts, len(self.rows)))]
+
+    def _request(self, ordinal: int, k: int) -> PromptRequest:
+        row = self.row_of(ordinal)
+        return PromptRequest(
+            ordinal=ordinal,
+            k=k,
+            sample_uid=sample_uid(self.run_id, ordinal, k),
+            prompt_ids=self._prompt_ids[row],
+            columns=self._columns[row],
+            seed=self.seed,
+        )

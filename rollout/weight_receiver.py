@@ -1,0 +1,60 @@
+"""Receive weights described by core.weights into a live model: staged, digest-checked, all-or-nothing."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from core.faults import InvariantFault
+from core.weights import WeightManifest, digest, unpack
+
+
+class WeightReceiver:
+    """begin -> receive (every bucket) -> commit. Until commit the live tensors are untouched.
+
+    The live tensors may have another dtype than the learner's (bf16 workers); the copy casts.
+    """
+
+    def __init__(self, live: dict[str, Tensor]) -> None:
+        self._live = live
+        self.version = -1  # of the weights in use; -1: as loaded from disk, never yet synchronised
+        self._manifest: WeightManifest | None = None
+        self._staged: dict[str, Tensor] = {}
+
+    def begin(self, manifest: WeightManifest) -> None:
+        """Open a version. Raises InvariantFault if it is older than the one in use or does not fit the model."""
+        if manifest.version < self.version:
+            raise InvariantFault(f"weights of version {manifest.version} offered, {self.version} is in use")
+        offered = {spec.name: spec.shape for spec in manifest.specs}
+        expected = {name: tuple(tensor.shape) for name, tensor in self._live.items()}
+        if offered != expected:
+            wrong = sorted(name for name in offered.keys() | expected if offered.get(name) != expected.get(name))
+            raise InvariantFault(f"weights of version {manifest.version} do not fit this model at {wrong[:5]}")
+        self._manifest, self._staged = manifest, {}
+
+    def receive(self, index: int, bucket: np.ndarray) -> None:
+        """Stage bucket `index` ([n] uint8). May come in any order, a second time too."""
+        manifest = self._opened()
+        self._staged.update(unpack(manifest.buckets[index], manifest, bucket))
+
+    @torch.no_grad()
+    def commit(self) -> str:
+        """Check the digest over all staged bytes, then write them into the live tensors. Returns the digest."""
+        manifest = self._opened()
+        missing = [s.name for s in manifest.specs if s.alias_of is None and s.name not in self._staged]
+        if missing:
+            raise InvariantFault(f"weights of version {manifest.version} lack {len(missing)} tensors: {missing[:5]}")
+        received = digest(manifest.version, manifest.specs, self._staged)
+        if received != manifest.digest:
+            raise InvariantFault(
+                f"weights of version {manifest.version} arrived damaged: digest {received[:12]},"
+                f" sent {manifest.digest[:12]}"
+            )
+        for spec in manifest.specs:
+            self._live[spec.name].copy_(self._staged[spec.alias_of or spec.name])
+        self.version, self._manifest, self._staged = manifest.version, None, {}
+        return received
+
+    def _opened(self) -> WeightManifest:
+        if self._manifest is None:
+            raise InvariantFault("a weight bucket or commit arrived before its manifest")
+        return self._manifest

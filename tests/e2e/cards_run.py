@@ -1,0 +1,83 @@
+"""Starting real runs for the tests here: the command as a user types it, and the processes that belong to it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+
+ROOT = Path(__file__).parents[2]
+CARDS = ROOT / "configs" / "cards.yaml"
+
+
+class Run:
+    """A `tokenppo train` that was started here. Its processes are found through it, never by name."""
+
+    def __init__(self, folder: Path, *options: str, config: Path | None = CARDS) -> None:
+        self.folder = folder
+        self.out = folder.with_suffix(".out")
+        command = [sys.executable, "-m", "tokenppo", "train", *(["--config", str(config)] if config else [])]
+        command += ["--run.dir", str(folder.parent), "--run.name", folder.name, *options]
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        with open(self.out, "wb") as out:
+            self.process = subprocess.Popen(
+                command, cwd=folder.parent, stdout=out, stderr=subprocess.STDOUT, env=environment
+            )
+
+    def words(self) -> str:
+        return self.out.read_text(errors="replace")
+
+    def rows(self) -> list[dict]:
+        path = self.folder / "metrics.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def summary(self) -> dict:
+        return json.loads((self.folder / "summary.json").read_text())
+
+    def pids(self) -> dict[str, int]:
+        return json.loads((self.folder / "processes.json").read_text())
+
+    def family(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def wait_for(self, what: Callable[[], object], timeout_s: float = 300) -> None:
+        """Until `what()` is true; fails when the run ends first or the deadline passes."""
+        deadline = time.monotonic() + timeout_s
+        while not what():
+            assert self.process.poll() is None, f"ended with {self.process.returncode} too early:\n{self.words()}"
+            assert time.monotonic() < deadline, f"nothing after {timeout_s} s:\n{self.words()}"
+            time.sleep(0.05)
+
+    def end(self, timeout_s: float = 600) -> int:
+        try:
+            return self.process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise AssertionError(f"still running after {timeout_s} s:\n{self.words()}") from None
+
+    def kill(self) -> None:
+        for process in [*self.family(), psutil.Process(self.process.pid)]:
+            process.kill()
+        self.process.wait(30)
+
+    def interrupt(self) -> None:
+        self.process.send_signal(signal.SIGINT)
+
+
+def same_numbers(a: list[dict], b: list[dict]) -> None:
+    """Two runs have the same metrics bit for bit, but for what clocks and faults decide."""
+
+    def timeless(rows: list[dict]) -> list[dict]:
+        return [
+            {k: v for k, v in row.items() if k != "timestamp" and not k.startswith(("time/", "perf/", "faults/"))}
+            for row in rows
+        ]
+
+    assert len(a) == len(b) > 0
+    for x, y in zip(timeless(a), timeless(b), strict=True):
+        assert x == y

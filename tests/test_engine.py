@@ -1,0 +1,130 @@
+"""The embedded engine: its log-probs are those of a plain forward, its samples those of the softmax, its ids a function
+of (weights, prompt, seed, ordinal, k) alone."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import tiny_models
+from core.faults import UserError
+from core.trajectory import PromptRequest, sample_uid
+from rollout.engines.transformers_engine import TransformersEngine, sample, stop_ids, uniforms
+
+
+def requests(n: int, *, seed: int = 1, shortest: int = 3) -> list[PromptRequest]:
+    rng = np.random.default_rng(5)
+    return [
+        PromptRequest(
+            ordinal=i,
+            k=0,
+            sample_uid=sample_uid("t", i, 0),
+            prompt_ids=rng.integers(1, tiny_models.VOCABULARY, size=shortest + i % 7),
+            columns={"prompt": ""},
+            seed=seed,
+        )
+        for i in range(n)
+    ]
+
+
+def engine(name: str, temperature: float = 1.0, max_new_tokens: int = 24) -> TransformersEngine:
+    return TransformersEngine(
+        tiny_models.make_model(name), (0, 7), temperature=temperature, max_new_tokens=max_new_tokens
+    )
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 1.3])
+@pytest.mark.parametrize("name", tiny_models.configs())
+def test_logprobs_are_those_of_a_plain_forward_of_each_row_alone(name, temperature):
+    """No padding, no cache, one row: log_softmax(logits / T) in float64 of transformers' own forward."""
+    served = engine(name, temperature)
+    asked = requests(16)
+    worst, seen = 0.0, 0
+    for request, got in zip(asked, served.generate(asked), strict=True):
+        ids = torch.from_numpy(np.concatenate([request.prompt_ids, got.response_ids]))[None]
+        with torch.no_grad():
+            logits = served.model(input_ids=ids).logits[0, len(request.prompt_ids) - 1 : -1].double()
+        want = (logits / temperature).log_softmax(-1).gather(-1, torch.from_numpy(got.response_ids)[:, None])[:, 0]
+        worst = max(worst, float((want - torch.from_numpy(got.logprobs)).abs().max()))
+        seen += len(got.response_ids)
+    assert seen > 100
+    assert worst < 1e-5
+
+
+@pytest.mark.parametrize("name", ["llama-tied", "gpt2"])
+def test_ids_do_not_depend_on_who_is_in_the_chunk(name):
+    served, asked = engine(name), requests(12)
+    together = served.generate(asked)
+    for size in (1, 5):
+        apart = [g for i in range(0, 12, size) for g in served.generate(asked[i : i + size])]
+        for a, b in zip(together, apart, strict=True):
+            assert a.response_ids.tolist() == b.response_ids.tolist()
+            np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-5)
+    assert len({tuple(g.response_ids.tolist()) for g in together}) > 6
+
+
+def test_another_seed_or_sample_number_gives_another_response():
+    served = engine("llama-tied")
+    first = served.generate(requests(6))
+    assert [g.response_ids.tolist() for g in first] == [g.response_ids.tolist() for g in served.generate(requests(6))]
+    other = served.generate(requests(6, seed=2))
+    assert [g.response_ids.tolist() for g in first] != [g.response_ids.tolist() for g in other]
+
+
+def test_uniforms_are_counter_based():
+    a, b = requests(2)
+    assert (uniforms(a, 50)[:20] == uniforms(a, 20)).all()  # number t does not depend on how many are drawn
+    assert not np.intersect1d(uniforms(a, 50), uniforms(b, 50)).size
+
+
+def test_samples_follow_the_softmax_at_the_temperature():
+    logits, temperature, n = torch.tensor([0.0, 1.0, -1.0, 2.0, -200.0]), 0.7, 40_000
+    random = torch.from_numpy(np.random.default_rng(0).random(n))
+    token, logprob = sample(logits.expand(n, -1), random, temperature)
+    want = torch.softmax(logits.double() / temperature, -1)
+    assert token.max() <= 3  # exp(-200) never comes
+    expected = (want[:4] * n).numpy()
+    chi_square = ((np.bincount(token, minlength=4) - expected) ** 2 / expected).sum()
+    assert chi_square < 16.27  # the 99.9 % point at 3 degrees of freedom
+    torch.testing.assert_close(logprob, want.log()[token].float(), atol=1e-6, rtol=0)
+
+
+def test_the_ends_of_the_random_numbers_pick_possible_tokens():
+    logits = torch.tensor([[-torch.inf, 0.0, 0.0, -torch.inf]] * 2)
+    token, _ = sample(logits, torch.tensor([0.0, np.nextafter(1.0, 0.0)], dtype=torch.float64), 1.0)
+    assert token.tolist() == [1, 2]
+
+
+def test_stops_at_any_stop_id_and_says_why():
+    served = engine("llama-tied", max_new_tokens=40)
+    for got in served.generate(requests(16)):
+        ids = got.response_ids.tolist()
+        ended = ids[-1] in (0, 7)
+        assert not {0, 7} & set(ids[:-1])
+        assert got.finish_reason == ("stop" if ended else "length")
+        assert ended or len(ids) == 40
+
+
+def test_no_setting_of_the_generation_config_reaches_the_samples(tmp_path):
+    """top_p, top_k, penalties, min_new_tokens in the checkpoint: the ids are the same as without them."""
+    plain, odd = tiny_models.save_model(tmp_path / "plain"), tiny_models.save_model(tmp_path / "odd")
+    settings = json.loads((odd / "generation_config.json").read_text())
+    settings |= {"do_sample": True, "top_p": 0.1, "top_k": 2, "repetition_penalty": 3.0, "min_new_tokens": 9}
+    (odd / "generation_config.json").write_text(json.dumps(settings | {"temperature": 0.2}))
+    got = [
+        TransformersEngine.load(
+            str(path), stop_ids(str(path), 0), dtype="float32", device="cpu", temperature=1.0, max_new_tokens=16
+        ).generate(requests(8))
+        for path in (plain, odd)
+    ]
+    assert [g.response_ids.tolist() for g in got[0]] == [g.response_ids.tolist() for g in got[1]]
+
+
+def test_stop_ids_come_from_generation_config_and_tokenizer(tmp_path):
+    folder = tiny_models.save_model(tmp_path / "m")
+    assert stop_ids(str(folder), 5) == (0, 5, 7)
+    (folder / "generation_config.json").unlink()
+    assert stop_ids(str(folder), 5) == (5,)
+    with pytest.raises(UserError, match="eos"):
+        stop_ids(str(folder), None)

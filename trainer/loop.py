@@ -1,0 +1,181 @@
+"""The algorithm on one page: token-level PPO as DESIGN.md section 7 and arXiv 1707.06347 have it.
+
+    rollout -> reward -> annotate -> shape -> GAE -> whiten -> update -> sync -> log
+
+What runs at the same time: workers write chunks while the reward server scores the chunks that are finished. The loop
+waits in `submit` for the last response and in `collect` for the last score; each wait has a deadline of its own below.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from core.combine import Combined, RunningMoments, combine
+from core.config import Config
+from core.metrics import Sums
+from core.trajectory import PromptRequest, Trajectory
+from core.weights import Probe
+from trainer import ppo
+from trainer.batch import TrainBatch
+from trainer.evaluate import evaluation_means
+from trainer.learner import Learner
+from trainer.run_log import RunLog
+
+
+class Prompts(Protocol):
+    def take(self, n_prompts: int, n_samples_per_prompt: int = 1) -> list[PromptRequest]: ...
+
+    def first(self, n_prompts: int) -> list[PromptRequest]: ...
+
+
+class Rollouts(Protocol):
+    counters: Counter[str]
+
+    def generate(self, requests: list[PromptRequest]) -> Iterable[Any]:
+        """References of finished chunks, in any order."""
+        ...
+
+
+class Rewards(Protocol):
+    counters: Counter[str]
+
+    def submit(self, chunks: Iterable[Any]) -> list[Any]:
+        """Have each chunk scored the moment it is finished; returns after the last response."""
+        ...
+
+    def collect(self, pending: list[Any]) -> list[Trajectory]:
+        """The scored trajectories, sorted by ordinal."""
+        ...
+
+
+class Publisher(Protocol):
+    def publish(self, version: int) -> None: ...
+
+
+@dataclass
+class TrainState:
+    """What the next step depends on besides the learner and the position of the prompts."""
+
+    kl: ppo.KLController
+    running: dict[str, RunningMoments] = field(default_factory=dict)
+
+
+def train(
+    cfg: Config,
+    *,
+    learner: Learner,
+    prompts: Prompts,
+    held_out: Prompts | None,
+    rollouts: Rollouts,
+    rewards: Rewards,
+    publisher: Publisher,
+    log: RunLog,
+    on_eval: Callable[[int, dict[str, float]], None],
+) -> None:
+    """Train for `run.steps` updates.
+
+    `on_eval(step, means)` is told of each evaluation, of the first policy as step 0; it keeps the best weights.
+    """
+    state = TrainState(kl=ppo.KLController(cfg.ppo.kl_coef, target_kl=cfg.ppo.target_kl, horizon=cfg.ppo.kl_horizon))
+    publisher.publish(0)
+    with log.time("evaluate"):
+        before = evaluate(cfg, held_out, rollouts, rewards)
+    if before:
+        on_eval(0, before)
+        log.baseline(before)
+
+    for step in range(learner.step + 1, cfg.run.steps + 1):
+        with log.time("rollout"):
+            requests = prompts.take(cfg.prompts_per_step, cfg.rollout.n_samples_per_prompt)
+            pending = rewards.submit(rollouts.generate(requests))
+        with log.time("reward"):
+            trajectories = rewards.collect(pending)
+
+        with log.time("annotate"):
+            batch = TrainBatch.collate(trajectories)
+            batch, policy_means = learner.annotate(batch)
+        combined = combine(
+            batch.component_rewards,
+            batch.component_mask,
+            batch.response_mask,
+            cfg.rewards,
+            state.running,
+            all_reduce=learner.all_reduce,
+        )
+        batch = credit(cfg, batch.fill(token_rewards=combined.token_rewards), state.kl.coef, learner.all_reduce)
+
+        with log.time("update"):
+            update_means = learner.update(batch)
+        with log.time("sync"):
+            publisher.publish(step)
+
+        means = rollout_means(batch, combined, trajectories, version=step - 1).merge(learner.reduce_list).means()
+        means |= policy_means | update_means | {"objective/kl_coef": state.kl.coef}
+        state.kl.update(means["objective/kl"], cfg.rollout.batch_size)
+        if step % cfg.run.eval_every == 0 or step == cfg.run.steps:
+            with log.time("evaluate"):
+                held_out_means = evaluate(cfg, held_out, rollouts, rewards)
+                on_eval(step, held_out_means)
+                means |= held_out_means
+        means |= {f"faults/{name}": count for name, count in (rollouts.counters + rewards.counters).items()}
+        tokens = int(batch.response_mask.sum())
+        log.step(step, means, samples=len(batch), rollout_tokens=tokens, learner_tokens=tokens * cfg.ppo.ppo_epochs)
+
+
+def credit(cfg: Config, batch: TrainBatch, kl_coef: float, all_reduce: Callable[[Tensor], Tensor]) -> TrainBatch:
+    """Token rewards -> rewards, advantages, returns (DESIGN.md section 7, in its order)."""
+    rewards = ppo.shape_rewards(
+        batch.token_rewards,
+        batch.old_logprobs,
+        batch.ref_logprobs,
+        batch.response_mask,
+        kl_coef=kl_coef,
+        estimator=cfg.ppo.kl_estimator,
+    )
+    advantages, returns = ppo.compute_gae(
+        rewards,
+        batch.values,
+        batch.response_mask,
+        gamma=cfg.ppo.gamma,
+        gae_lambda=cfg.ppo.gae_lambda,
+        bootstrap_values=batch.bootstrap_values,
+    )
+    if cfg.ppo.whiten_advantages:
+        advantages = ppo.whiten(advantages, batch.response_mask, all_reduce=all_reduce)
+    return batch.fill(rewards=rewards, returns=returns, advantages=advantages)
+
+
+def evaluate(cfg: Config, held_out: Prompts | None, rollouts: Rollouts, rewards: Rewards) -> dict[str, float]:
+    """Held-out prompts, one sample each, on the workers at the version they have; {} without held-out prompts."""
+    if held_out is None:
+        return {}
+    requests = held_out.first(cfg.data.eval_prompts)
+    trajectories = rewards.collect(rewards.submit(rollouts.generate(requests)))
+    return evaluation_means(trajectories, cfg.rewards)
+
+
+def rollout_means(batch: TrainBatch, combined: Combined, trajectories: list[Trajectory], *, version: int) -> Sums:
+    """Sums of what the responses of one step were worth and how they looked. `version`: of the policy before it."""
+    sums, mask, n = Sums(), batch.response_mask, len(batch)
+    sums.add("reward/total", float(torch.where(mask, combined.token_rewards, 0.0).double().sum()), n)
+    for name, weighted in combined.weighted.items():
+        valid = mask & batch.component_mask[name]
+        applied = float(valid.any(dim=1).sum())
+        sums.add(f"reward/{name}/raw", float(torch.where(valid, batch.component_rewards[name], 0.0).sum()), applied)
+        sums.add(f"reward/{name}/weighted", float(weighted.double().sum()), n)
+    sums.add("response/length_mean", float(batch.response_lengths.sum()), n)
+    sums.add("response/truncated_frac", float(batch.cut.sum()), n)
+    sums.add("staleness/mean", float((version - batch.policy_version)[mask].sum()), float(mask.sum()))
+    last = max(t.finished_at for t in trajectories)
+    sums.add("perf/scored_early_frac", sum(t.scored_at < last for t in trajectories), n)
+    return sums
+
+
+def make_probe(prompts: Prompts, n_response: int) -> Probe:
+    """The fixed prompt of the weight check: the first held-out or training prompt, answered by its own ids."""
+    prompt = prompts.first(1)[0].prompt_ids
+    return Probe(prompt_ids=prompt[None, :], response_ids=prompt[None, :n_response])
