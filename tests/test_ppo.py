@@ -966,6 +966,14 @@ def test_entropy_of_the_uniform_distribution_is_log_v(vocabulary, temperature):
     close(logprob_maths.entropy_from_logits(logits, temperature), [[math.log(vocabulary)] * 3] * 2)
 
 
+@pytest.mark.parametrize(("temperature", "want"), [(1.0, [-1 / 4, 1 / 2, -1 / 4]), (0.5, [-1 / 3, 2 / 3, -1 / 3])])
+def test_gradient_of_a_logprob_by_hand(temperature, want):
+    # d logp_1 / d logit_j = ((j is 1) - p_j) / temperature, with p = 1/4, 1/2, 1/4 and at 0.5 p = 1/6, 2/3, 1/6
+    logits = f64([[LOGITS]]).requires_grad_(True)
+    logprob_maths.logprobs_from_logits(logits, torch.tensor([[1]]), temperature).sum().backward()
+    close(logits.grad, [[want]])
+
+
 def test_gradient_of_the_entropy_by_hand():
     # dH/dlogit_i = -p_i (ln p_i + H) with H = 1.5 ln 2:
     #   p = 1/4: -(1/4) (-2 + 1.5) ln 2 = ln 2 / 8;    p = 1/2: -(1/2) (-1 + 1.5) ln 2 = -ln 2 / 4

@@ -1,0 +1,82 @@
+"""Rollout workers and the reward server as real actors: what they write does not depend on how many they are."""
+
+import pytest
+import ray
+
+import tiny_models
+from core.config import load
+from core.trajectory import Trajectory
+from launch import build, cluster
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def cfg(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("workers")
+    tiny_models.save_model(folder / "model")
+    (folder / "prompts.jsonl").write_text("".join(f'{{"prompt": "the cat {i}", "n": {i}}}\n' for i in range(24)))
+    (folder / "r.py").write_text(
+        "def length(completion_ids, **_):\n    return [[1.0] * len(i) for i in completion_ids]\n"
+    )
+    cfg = load(
+        None,
+        {
+            "model.path": str(folder / "model"),
+            "model.dtype": "float32",
+            "data.path": str(folder / "prompts.jsonl"),
+            "rewards.length.fn": f"{folder}/r.py:length",
+            "rollout.batch_size": 48,
+            "rollout.n_samples_per_prompt": 2,
+            "rollout.max_new_tokens": 16,
+            "rollout.chunk_size": 8,
+            "ppo.mini_batch_size": 48,
+            "run.deterministic": True,
+        },
+    )
+    cluster.prepare_environment()
+    with cluster.ray_session(cfg):
+        yield cfg
+
+
+def written(cfg, n_workers: int) -> list[Trajectory]:
+    cfg = cfg.model_copy(update={"rollout": cfg.rollout.model_copy(update={"workers": n_workers})})
+    tokenizer = build.load_tokenizer(cfg.model.path)
+    prompts, _ = build.prompt_streams(cfg, tokenizer)
+    group = build.rollout_group(cfg, tokenizer, "cpu", print)
+    rewards = build.reward_client(cfg, None, print)
+    try:
+        rewards.wait_ready()
+        group.wait_ready()
+        assert len(set(group.pids.values())) == n_workers
+        return rewards.collect(rewards.submit(group.generate(prompts.take(24, 2))))
+    finally:
+        group.close()
+        rewards.close()
+
+
+@pytest.fixture(scope="module")
+def by_one(cfg) -> list[Trajectory]:
+    return written(cfg, 1)
+
+
+@pytest.mark.parametrize("n_workers", [2, 4])
+def test_the_same_bits_from_any_number_of_workers(cfg, by_one, n_workers):
+    got = written(cfg, n_workers)
+    assert [t.order for t in got] == [t.order for t in by_one] == [(i, k) for i in range(24) for k in range(2)]
+    for a, b in zip(by_one, got, strict=True):
+        assert a.response_ids.tolist() == b.response_ids.tolist()
+        assert a.rollout_logprobs.tobytes() == b.rollout_logprobs.tobytes()
+        assert a.request.sample_uid == b.request.sample_uid
+
+
+def test_trajectories_are_whole(by_one):
+    assert len({t.request.sample_uid for t in by_one}) == 48
+    for t in by_one:
+        n = len(t)
+        assert t.component_rewards["length"].sum() == n and t.component_mask["length"].all()
+        assert t.token_offsets.shape == (n, 2) and t.action_mask.all() and (t.policy_version == -1).all()
+        assert t.request.columns["n"] in range(24) and t.request.columns["prompt"].startswith("the cat")
+        assert t.scored_at >= t.finished_at > 0
+    assert len({tuple(t.response_ids.tolist()) for t in by_one}) > 40  # samples of one prompt differ
+    assert ray.is_initialized()
