@@ -12,6 +12,7 @@
 `python -m tokenppo` and `tokenppo` are the command: see `tokenppo --help`. Nothing heavy is imported before it is used.
 """
 
+import importlib
 import importlib.util
 import sys
 from pathlib import Path
@@ -46,6 +47,13 @@ def refuse_if_shadowed() -> None:
     if problem := shadowed_package():
         print(f"tokenppo: {problem}", file=sys.stderr)
         raise SystemExit(2)
+
+
+def claim_packages() -> None:
+    """Start hook of Ray's workers: import our packages now, before Ray puts the driver's folder in front of them."""
+    refuse_if_shadowed()
+    for name in _PACKAGES:
+        importlib.import_module(name)
 
 
 def __getattr__(name: str) -> Any:

@@ -9,7 +9,7 @@ first two left out. An evaluation is no part of an iteration and is left out too
 
 Memory is the proportional set size (PSS: shared pages count once, divided among those who share them) of the command
 and all its descendants, read twice a second by a thread of this script. Reading walks the page tables of every
-process: about CPU_SHARE of one core goes to it, and that slows the run that is measured; `--no-memory` does without.
+process, which costs CPU time that the run would use (the last line says how much); `--no-memory` does without.
 """
 
 import argparse
@@ -18,11 +18,9 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
-
 from train_command import CARDS, Finished, circumstances, table, train
 
 WARM_UP_STEPS = 2
@@ -72,3 +70,70 @@ class PeakMemory:
                 self.peak_bytes, self.peak_by_name = total, by_name
             self.samples += 1
             self.cpu_s = time.thread_time()
+
+
+def phase_seconds(run: Finished) -> list[dict[str, float]]:
+    """Seconds by phase and in total of each step after the first two, evaluations taken out."""
+    steps = []
+    for row in run.rows[WARM_UP_STEPS:]:
+        step = {phase: row.get(f"time/{phase}", 0.0) for phase in PHASES}
+        steps.append(step | {"total": row["time/total"] - row.get("time/evaluate", 0.0)})
+    return steps
+
+
+def report(run: Finished) -> str:
+    """The table of phases, the overhead and the speed."""
+    steps = phase_seconds(run)
+    median = {name: statistics.median(step[name] for step in steps) for name in steps[0]}
+    overhead = statistics.median(1 - sum(step[phase] for phase in WORK) / step["total"] for step in steps)
+    shares = {
+        phase: statistics.median(step[phase] / step["total"] for step in steps) if phase != "total" else 1.0
+        for phase in median
+    }
+    lines = [[phase, f"{median[phase]:.3f}", f"{shares[phase]:.1%}"] for phase in [*PHASES, "total"]]
+    rows = run.rows[WARM_UP_STEPS:]
+    samples = [row["perf/samples_per_s"] * row["time/total"] for row in rows]
+    rate = statistics.median(n / step["total"] for n, step in zip(samples, steps, strict=True))
+    tokens = statistics.median(row["response/length_mean"] for row in rows)
+    verdict = "within" if overhead <= OVERHEAD_LIMIT else "ABOVE"
+    return "\n".join(
+        [
+            table(["phase", "seconds", "share"], lines),
+            "",
+            f"{len(steps)} steps, {statistics.median(samples):.0f} responses of {tokens:.0f} tokens each",
+            f"{rate:.0f} samples/s",
+            f"overhead (all but {', '.join(WORK)}): {overhead:.1%}, {verdict} the limit of {OVERHEAD_LIMIT:.0%}",
+        ]
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, default=CARDS, help="default: configs/cards.yaml")
+    parser.add_argument("--steps", type=int, default=12, help="PPO updates (default 12)")
+    parser.add_argument("--out", type=Path, help="run folder to keep, which must be new")
+    parser.add_argument("--no-memory", action="store_true", help="do not read the memory of the processes")
+    args = parser.parse_args()
+    if args.steps <= WARM_UP_STEPS:
+        parser.error(f"--steps must be more than {WARM_UP_STEPS}, the steps that are left out; got {args.steps}")
+    memory = PeakMemory()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = args.out or Path(scratch) / "iteration"
+        settings = {"run.steps": args.steps, "run.eval_every": args.steps}
+        run = train(folder, args.config, settings, None if args.no_memory else memory.watch)
+        memory.stop()
+        if run.exit_code:
+            print(run.last_words, file=sys.stderr)
+            return run.exit_code
+        print(f"{circumstances()}: {args.config.name}, {args.steps} steps\n")
+        print(report(run))
+    if not args.no_memory:
+        largest = sorted(memory.peak_by_name.items(), key=lambda item: -item[1])
+        shown = ", ".join(f"{name} {size / 2**20:.0f}" for name, size in largest[:6])
+        print(f"peak PSS of all processes together: {memory.peak_bytes / 2**20:.0f} MiB ({shown})")
+        print(f"read {memory.samples} times, which cost {memory.cpu_s:.1f} s of CPU time beside the run")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -39,9 +40,7 @@ class Finished:
         return "\n".join(_printed(self.folder).read_text(encoding="utf-8", errors="replace").splitlines()[-12:])
 
 
-def train(
-    folder: Path, config: Path, settings: dict[str, Any], watch: Callable[[int], None] | None = None
-) -> Finished:
+def train(folder: Path, config: Path, settings: dict[str, Any], watch: Callable[[int], None] | None = None) -> Finished:
     """Train in the run folder `folder` and wait for the end. Ctrl-C ends the command, with all that it started.
 
     Args:
@@ -87,4 +86,14 @@ def table(heads: list[str], rows: list[list[str]]) -> str:
     """A markdown table, columns aligned so that it can be read as it is."""
     widths = [max(len(line[i]) for line in [heads, *rows]) for i in range(len(heads))]
     lines = [heads, ["-" * (width - 1) + ":" for width in widths], *rows]
-    return "\n".join("| " + " | ".join(f"{cell:>{width}}" for cell, width in zip(line, widths, strict=True)) + " |" for line in lines)
+    return "\n".join(
+        "| " + " | ".join(f"{cell:>{width}}" for cell, width in zip(line, widths, strict=True)) + " |" for line in lines
+    )
+
+
+def train_unless_done(folder: Path, config: Path, settings: dict[str, Any]) -> Finished:
+    """The run that ended well in `folder`, if there is one; else trains anew, over what a run cut short left there."""
+    if is_done(folder):
+        return Finished(folder, 0)
+    shutil.rmtree(folder, ignore_errors=True)
+    return train(folder, config, settings)

@@ -109,8 +109,6 @@ class PPOConfig(Section):
     """Responses per forward pass on one rank; no number depends on it but memory and time."""
     kl_coef: float = Field(0.02, ge=0)
     """Weight of the KL penalty against the reference in the reward of each token."""
-    kl_estimator: Literal["k1", "k2", "k3"] = "k1"
-    """Estimator of that penalty."""
     target_kl: float | None = Field(None, gt=0)
     """Steer `kl_coef` towards this KL in nats per response; fixed if null."""
     kl_horizon: int = Field(10_000, ge=1)
@@ -221,6 +219,10 @@ class Config(Section):
             divisors = [d for d in range(1, batch + 1) if batch % d == 0]
             near = sorted(sorted(divisors, key=lambda d: abs(d - mini))[:2])
             refuse("ppo.mini_batch_size", mini, f"does not divide rollout.batch_size {batch}; nearest are {near}")
+        if self.ppo.target_kl is not None and self.ppo.kl_horizon < batch:
+            refuse(
+                "ppo.kl_horizon", self.ppo.kl_horizon, f"is less than one batch: at least {batch} keeps kl_coef above 0"
+            )
         if not self.rewards:
             refuse("rewards", "{}", "is empty: name at least one component, e.g. --rewards.mine.fn my_rewards.py:fn")
         if not any(r.weight for r in self.rewards.values()):
@@ -292,16 +294,34 @@ def parse_override(key: str, text: str) -> Any:
         return None
     if text[:1] in "[{" or ".options." in key:
         try:
-            return yaml.safe_load(text)
+            return yaml.load(text, _Loader)
         except yaml.YAMLError as error:
             raise UserError(f"--{key} {text}: not valid YAML ({str(error).splitlines()[0]})") from None
     return text
 
 
+class _Loader(yaml.SafeLoader):
+    """safe_load that refuses a key given twice (YAML would silently keep the last) and reads 1e-3 as a number."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=deep)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"`{key}` appears twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d[\d_]*(\.\d*)?[eE][-+]?\d+"), list("-+0123456789")
+)
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """The tree in a YAML file. Raises UserError with file and line where it is none."""
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError:
         raise UserError(f"--config {path}: there is no such file") from None
     except (OSError, UnicodeDecodeError) as error:

@@ -123,3 +123,4 @@ class WeightAck:
     version: int
     digest: str
     probe_logprobs: np.ndarray  # [1, T] float32
+    pid: int

@@ -8,7 +8,7 @@ from core.config import Config
 from core.faults import UserError
 from launch.cluster import thread_plan
 from reward_server.client import RewardClient
-from reward_server.components import load_component
+from reward_server.components import PASSED, check_options, load_component
 from rollout.engines.transformers_engine import TransformersEngine, stop_ids
 from rollout.group import RolloutGroup
 from rollout.prompts import EVAL_SEED, PromptStream, load_rows
@@ -53,23 +53,34 @@ def prompt_streams(
     cfg: Config, tokenizer: Any, rows: list[dict] | None = None, eval_rows: list[dict] | None = None
 ) -> tuple[PromptStream, PromptStream | None]:
     """Training prompts and held-out ones (None without `data.eval_path`). `rows` stand in for files."""
-    make = functools.partial(PromptStream, tokenizer=tokenizer, data=cfg.data, window=response_room(cfg))
+    stop = stop_ids(cfg.model.path, tokenizer.eos_token_id)
+    make = functools.partial(PromptStream, tokenizer=tokenizer, data=cfg.data, window=response_room(cfg), stop=stop)
     if rows is None:
         rows = load_rows(cfg.data.path, cfg.data.split)
+    _refuse_reserved(rows, cfg.data.prompt_column)
     training = make(rows, run_id=cfg.run.name, seed=cfg.run.seed, shuffle=cfg.data.shuffle)
     if eval_rows is None and cfg.data.eval_path is not None:
         eval_rows = load_rows(cfg.data.eval_path, cfg.data.eval_split)
     if eval_rows is None:
         return training, None
+    _refuse_reserved(eval_rows, cfg.data.prompt_column)
     held_out = make(eval_rows, run_id="eval", seed=EVAL_SEED, shuffle=False, source="data.eval_path")
     return training, held_out
+
+
+def _refuse_reserved(rows: list[dict], prompt_column: str) -> None:
+    """Raise UserError for columns that would take the place of what every reward function is given."""
+    taken = ({*PASSED, "prompt"} - {prompt_column}) & {column for row in rows for column in row}
+    if taken:
+        names = ", ".join(sorted(taken))
+        raise UserError(f"data.path: columns named {names} are what reward functions get from us; rename them")
 
 
 def check_rewards(cfg: Config, functions: dict[str, Callable] | None = None) -> None:
     """Load each component once here, so that a missing one is found before anything is started."""
     for name, spec in cfg.rewards.items():
-        if functions is None or name not in functions:
-            load_component(spec.fn)
+        fn = functions[name] if functions is not None and name in functions else load_component(spec.fn)
+        check_options(name, fn, spec.options)
 
 
 def rollout_group(cfg: Config, tokenizer: Any, device: str, note: Callable[[str], None]) -> RolloutGroup:

@@ -1,6 +1,8 @@
 """The command `tokenppo`: verbs by argparse, keys of `train` from the schema. Imports nothing heavy."""
 
 import argparse
+import contextlib
+import functools
 import os
 import shutil
 import signal
@@ -23,7 +25,8 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="tokenppo",
         description="RLHF in which every token is rewarded.",
-        epilog="first steps:  tokenppo train --config configs/cards.yaml   |   tokenppo train --help",
+        epilog="first steps:\n  tokenppo train --config configs/cards.yaml\n  tokenppo train --help",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     verbs.add_parser("train", add_help=False, help="train a model; `tokenppo train --help` lists every key")
@@ -84,13 +87,16 @@ def _launch(argv: list[str], cfg: Config) -> int:
         command += ["-m", "launch.train", *argv]
         environment = os.environ | {"PYTHONSAFEPATH": "1", "TOKENPPO_EXIT_CODE_FILE": str(code_file)}
         # In a session of its own: Ctrl-C reaches this process alone, which passes it on to the learner.
-        child = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=die_with_parent)
         signal.signal(signal.SIGTERM, _raise_terminated)
         signal.signal(signal.SIGHUP, _raise_terminated)
+        guard = functools.partial(die_with_parent, os.getpid())
+        child = None
         try:
+            child = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=guard)
             child.wait()
         except (KeyboardInterrupt, SystemExit) as error:
-            _stop(child)
+            if child is not None:
+                _stop(child)
             return INTERRUPTED if isinstance(error, KeyboardInterrupt) else TERMINATED
         if code_file.exists() and (text := code_file.read_text()):
             return int(text)
@@ -105,19 +111,22 @@ def _stop(child: subprocess.Popen) -> None:
     """Interrupt the learner; after GRACE_S kill every descendant that is left. Waits at most that long."""
     import psutil
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     try:
         family = psutil.Process(child.pid).children(recursive=True)
         learners = psutil.Process(child.pid).children()
     except psutil.NoSuchProcess:
         return
     for learner in learners or [psutil.Process(child.pid)]:
-        learner.send_signal(signal.SIGINT)
+        with contextlib.suppress(psutil.NoSuchProcess):  # it ended by itself just now
+            learner.send_signal(signal.SIGINT)
     deadline = time.monotonic() + GRACE_S
     while child.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
     _, alive = psutil.wait_procs([p for p in family if p.is_running()], timeout=max(0.0, deadline - time.monotonic()))
     for process in alive:
-        process.kill()
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
     child.kill()
     child.wait()

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from core.config import Config
-from core.faults import ProcessFault, UserError
+from core.faults import TERMINATED, ProcessFault, UserError
 
 
 def cores() -> int:
@@ -45,6 +45,7 @@ def prepare_environment() -> None:
     Idle OpenMP threads must sleep: spinning ones steal the cores of the other processes.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what run.deterministic needs on a GPU
     os.environ.setdefault("TQDM_DISABLE", "1")  # bars of libraries, from every process at once, over our own panel
     if "ray" not in sys.modules:  # half a change of mode, after the import, locks Ray out of its own cluster
         os.environ.setdefault("RAY_AUTH_MODE", "token")
@@ -70,12 +71,16 @@ def ray_session(cfg: Config) -> Iterator[None]:
     import ray
 
     _private_token()
-    # Actors import our packages from where this process has them, not from a folder of the same name elsewhere.
+    # Actors import our packages from where this process has them. Ray will put the folder that the user stands in at
+    # the front of their sys.path, whatever is in it: the hook runs before that.
     house = str(Path(__file__).resolve().parent.parent)
-    environment = {"PYTHONPATH": os.pathsep.join([house, *filter(None, [os.environ.get("PYTHONPATH")])])}
+    runtime_env = {
+        "env_vars": {"PYTHONPATH": os.pathsep.join([house, *filter(None, [os.environ.get("PYTHONPATH")])])},
+        "worker_process_setup_hook": "tokenppo.claim_packages",
+    }
     try:
         if cfg.resources.ray_address:
-            ray.init(address=cfg.resources.ray_address, logging_level=logging.WARNING)
+            ray.init(address=cfg.resources.ray_address, logging_level=logging.WARNING, runtime_env=runtime_env)
         else:
             ray.init(
                 address="local",
@@ -83,7 +88,7 @@ def ray_session(cfg: Config) -> Iterator[None]:
                 object_store_memory=cfg.resources.object_store_mb * 2**20,
                 include_dashboard=False,
                 logging_level=logging.WARNING,
-                runtime_env={"env_vars": environment},
+                runtime_env=runtime_env,
             )
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         where = f"resources.ray_address = {cfg.resources.ray_address}" if cfg.resources.ray_address else "this machine"
@@ -95,7 +100,12 @@ def ray_session(cfg: Config) -> Iterator[None]:
         ray.shutdown()
 
 
-def die_with_parent() -> None:
-    """Ask Linux for SIGTERM when the parent of this process dies, so that a killed command leaves no orphans."""
+def die_with_parent(parent: int) -> None:
+    """Ask Linux for SIGTERM when the parent of this process dies, so that a killed command leaves no orphans.
+
+    `parent` is its process id; if it is dead already, this process ends here.
+    """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:
+            os._exit(TERMINATED)

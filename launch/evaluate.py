@@ -34,4 +34,4 @@ def evaluate_run(run: Path, *, weights: str, data: str | None) -> dict[str, floa
         stack.callback(rewards.close)
         rewards.wait_ready()
         group.wait_ready()
-        return summary_of(evaluate(cfg, held_out, group, rewards))
+        return summary_of(evaluate(cfg, held_out, group, rewards, version=None))

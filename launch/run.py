@@ -1,6 +1,7 @@
 """One run from its configuration to `final/`: wires the parts, trains, and ends everything it started."""
 
 import json
+import os
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -56,21 +57,21 @@ def run(cfg: Config, inline: Inline = Inline()) -> RunResult:
     build.check_rewards(cfg, inline.functions)
     tokenizer = build.load_tokenizer(cfg.model.path)
     prompts, held_out = build.prompt_streams(cfg, tokenizer, inline.rows, inline.eval_rows)
-    folder = run_folder.create(cfg)
-    for path, rows in ((cfg.data.path, inline.rows), (cfg.data.eval_path, inline.eval_rows)):
-        if rows is not None:
-            run_folder.write_rows(Path(path), rows)
     summary: dict[str, Any] = {"eval": {}, "seconds": {}, "steps": 0, "exit": 1}
-    try:
-        with ExitStack() as stack:
-            _train(cfg, inline, stack, folder, tokenizer, prompts, held_out, summary)
-        summary["exit"] = 0
-    except BaseException as error:
-        summary |= {"exit": exit_code_of(error), "error": f"{type(error).__name__}: {error}"}
-        raise
-    finally:
-        summary["seconds"]["whole_run"] = round(time.perf_counter() - started, 3)
-        run_folder.write_summary(folder, summary)
+    with run_folder.created(cfg) as folder:
+        try:
+            for path, rows in ((cfg.data.path, inline.rows), (cfg.data.eval_path, inline.eval_rows)):
+                if rows is not None:
+                    run_folder.write_rows(Path(path), rows)
+            with ExitStack() as stack:
+                _train(cfg, inline, stack, folder, tokenizer, prompts, held_out, summary)
+            summary["exit"] = 0
+        except BaseException as error:
+            summary |= {"exit": exit_code_of(error), "error": f"{type(error).__name__}: {error}"}
+            raise
+        finally:
+            summary["seconds"]["whole_run"] = round(time.perf_counter() - started, 3)
+            run_folder.write_summary(folder, summary)
     return RunResult(folder, summary)
 
 
@@ -87,6 +88,7 @@ def _train(
     started = time.perf_counter()
     stack.enter_context(cluster.ray_session(cfg))
     accelerator = _accelerator(cfg, folder)
+    stack.callback(accelerator.end_training)
     console = Console()
     tell = [console.print]  # where a line to the user goes; the log takes over once it is open
 
@@ -103,7 +105,7 @@ def _train(
     # For people and tests that want to look at, or kill, a process of this run.
     (folder / "processes.json").write_text(json.dumps({"reward-server": reward_server_pid} | group.pids))
     transport = (inline.make_transport or ObjectStoreTransport)(group, cfg.sync.timeout_s)
-    probe = make_probe(held_out or prompts, PROBE_TOKENS)
+    probe = make_probe(held_out or prompts, min(PROBE_TOKENS, cfg.rollout.max_new_tokens))  # fits into any window
     bucket_bytes = int(cfg.sync.bucket_mb * 2**20)
     publisher = WeightPublisher(learner, transport, probe, bucket_bytes=bucket_bytes, tolerance=learner.probe_tolerance)
     summary["seconds"]["start"] = round(time.perf_counter() - started, 3)
@@ -137,14 +139,17 @@ def _train(
             summary["steps"] = learner.step
             summary["seconds"] |= {phase: round(spent, 3) for phase, spent in log.seconds.items()}
     save_pretrained(learner.policy, tokenizer, folder / "final")
-    accelerator.end_training()
+
+
+def _logged_in_to_wandb() -> bool:
+    return "WANDB_API_KEY" in os.environ or (Path.home() / ".netrc").exists()
 
 
 def _accelerator(cfg: Config, folder: Path) -> Accelerator:
     """This process's part in the launch: device, trackers, threads. Raises UserError for a launch that cannot work."""
     torch.manual_seed(cfg.run.seed)
     torch.set_num_threads(cluster.thread_plan(cfg)[0])
-    torch.use_deterministic_algorithms(cfg.run.deterministic)
+    torch.use_deterministic_algorithms(cfg.run.deterministic, warn_only=True)
     accelerator = Accelerator(
         cpu=cluster.device(cfg) == "cpu",
         mixed_precision="bf16" if cfg.model.dtype == "bfloat16" else "no",
@@ -153,6 +158,8 @@ def _accelerator(cfg: Config, folder: Path) -> Accelerator:
     )
     if accelerator.num_processes != 1:
         raise UserError(f"{accelerator.num_processes} learner processes were launched: this version trains with one")
+    if "wandb" in cfg.log.trackers and not _logged_in_to_wandb():
+        os.environ.setdefault("WANDB_MODE", "offline")  # else it would ask for a key and wait
     if cfg.log.trackers:
         settings = {key: value for key, value in run_folder.flat(cfg).items() if isinstance(value, int | float | str)}
         accelerator.init_trackers(cfg.log.project, config=settings)

@@ -1,21 +1,24 @@
 """The folder of a run: config.yaml, metrics.jsonl, summary.json, best/, final/, tensorboard files."""
 
+import fcntl
 import json
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from core.config import Config, to_yaml
 from core.faults import UserError
 
-TRACES = ("metrics.jsonl", "summary.json", "best", "final")
+TRACES = ("metrics.jsonl", "best", "final")  # of a run that got somewhere; one that did not start may start again
 
 
 def refuse_used(cfg: Config) -> None:
     """Raise UserError if the run folder holds a run, or cannot be written. Makes nothing."""
     folder = cfg.run.folder
-    used = [name for name in TRACES if (folder / name).exists()]
+    used = [name for name in TRACES if (folder / name).exists() and (folder / name).stat().st_size > 0]
     if used:
         raise UserError(
             f"run.name = {cfg.run.name}: {folder} holds a run already ({', '.join(used)});"
@@ -26,13 +29,24 @@ def refuse_used(cfg: Config) -> None:
         raise UserError(f"run.dir = {cfg.run.dir}: {parent} cannot be written to; give another --run.dir")
 
 
-def create(cfg: Config) -> Path:
-    """Make the run folder with its config.yaml."""
+@contextmanager
+def created(cfg: Config) -> Iterator[Path]:
+    """The run folder with its config.yaml, held against every other run until the end of the block."""
     refuse_used(cfg)
     folder = cfg.run.folder
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(to_yaml(cfg), encoding="utf-8")
-    return folder
+    with open(folder / "config.yaml", "a", encoding="utf-8") as config:
+        try:
+            fcntl.flock(config, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it when this process ends
+        except BlockingIOError:
+            raise UserError(
+                f"run.name = {cfg.run.name}: another run is at work in {folder}; give another name"
+            ) from None
+        refuse_used(cfg)
+        config.truncate(0)
+        config.write(to_yaml(cfg))
+        config.flush()
+        yield folder
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -97,13 +97,18 @@ def train_in_process(
             spec["fn"] = _name_of(spec["fn"])
         overrides |= {f"rewards.{name}.{key}": value for key, value in spec.items()}
     inline: dict[str, list[dict[str, Any]] | None] = {"rows": None, "eval_rows": None}
-    folder = Path(overrides.get("run.dir", "runs")) / str(overrides.get("run.name", "run"))
-    column = overrides.get("data.prompt_column", "prompt")
-    for key, field, given in (("data.path", "rows", prompts), ("data.eval_path", "eval_rows", held_out)):
-        if given is not None:
-            inline[field] = [row if isinstance(row, dict) else {column: row} for row in given]
-            overrides[key] = str(folder / ("prompts.jsonl" if field == "rows" else "held_out.jsonl"))
-    cfg = load(Path(config) if config is not None else None, overrides)
+    file = Path(config) if config is not None else None
+    given = [
+        ("data.path", "rows", "prompts.jsonl", prompts),
+        ("data.eval_path", "eval_rows", "held_out.jsonl", held_out),
+    ]
+    overrides |= {key: name for key, _, name, rows in given if rows is not None}
+    cfg = load(file, overrides)
+    for key, field, name, rows in given:
+        if rows is not None:  # they are kept in the folder of the run, which only now has its name
+            inline[field] = [row if isinstance(row, dict) else {cfg.data.prompt_column: row} for row in rows]
+            overrides[key] = str(cfg.run.folder / name)
+    cfg = load(file, overrides)
     cluster.prepare_environment()
     from launch.run import Inline, run
 
@@ -117,13 +122,17 @@ def _name_of(fn: Callable) -> str:
         file = inspect.getsourcefile(fn)
     except TypeError:
         file = None
-    loadable = file and file.endswith(".py") and name.isidentifier()
+    # A script that is running now would run again if it were loaded for its function.
+    loadable = file and file.endswith(".py") and name.isidentifier() and fn.__module__ != "__main__"
     return f"{os.path.abspath(file)}:{name}" if loadable else f"handed_over:{name}"
 
 
 if __name__ == "__main__":
     if EXIT_CODE_FILE in os.environ:
-        cluster.die_with_parent()
+        cluster.die_with_parent(os.getppid())
+        # Its parent is accelerate launch; where that lost its own before the line above, nobody waits for this process.
+        if not Path(os.environ[EXIT_CODE_FILE]).parent.exists():
+            sys.exit(TERMINATED)
     code = 1  # of a bug of ours, whose traceback is shown
     try:
         code = main(sys.argv[1:])

@@ -83,7 +83,9 @@ class RewardClient:
             failures += self._fetch(scores, scored)
         if failures:
             self.counters["scores_retried"] += len(failures)
-            failures = self._fetch(self._send([f.trajectory for f in failures]), scored)
+            # Alone: an exception fails a whole call, and only one of its samples may be to blame.
+            again = [self._send([failure.trajectory]) for failure in failures]
+            failures = [failure for scores in again for failure in self._fetch(scores, scored)]
             self._drop(failures, len(scored) + len(failures))
         return sorted(scored.values(), key=lambda t: t.order)
 
@@ -147,6 +149,4 @@ class RewardClient:
 
     @staticmethod
     def _start_failure(error: RayActorError) -> Exception:
-        """An exception in the actor's constructor arrives as a death whose text ends with the cause."""
-        cause = getattr(error, "cause", None)
-        return cause if isinstance(cause, Fault) else ProcessFault(f"the reward server could not start: {error}")
+        return ProcessFault(f"the reward server could not start: {error}")

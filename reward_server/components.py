@@ -109,6 +109,17 @@ class ScoreRequest:
         )
 
 
+def check_options(component: str, fn: Callable, options: Iterable[str]) -> None:
+    """Raise UserError for an option that the function, or the constructor of the class, does not take."""
+    taken = () if inspect.isclass(fn) else PASSED
+    parameters = _parameters(fn)
+    names = [name for name, parameter in parameters.items() if parameter.kind in _BY_NAME and name not in taken]
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    for option in options:
+        if option in taken or (option not in names and not takes_any):
+            raise UserError(f"rewards.{component}: {_label(fn)} has no option `{option}`{_nearest(option, names)}")
+
+
 class Component:
     """One named reward: a function that gets `options` with each call, or a class that gets them once.
 
@@ -118,15 +129,13 @@ class Component:
     def __init__(self, name: str, fn: Callable, options: dict[str, Any] | None = None) -> None:
         self.name = name
         self._options = dict(options or {})
+        check_options(name, fn, self._options)
         if inspect.isclass(fn):
-            self._check_options(fn, taken=())
             try:
                 fn = fn(**self._options)
             except Exception as error:
                 raise UserError(f"rewards.{name}: {_label(fn)}(**options) {_raised(error, _file_of(fn))}") from None
             self._options = {}
-        else:
-            self._check_options(fn, taken=PASSED)
         if not callable(fn):
             raise UserError(f"rewards.{name}: a {type(fn).__name__} cannot be called; give its class a __call__")
         self._fn = fn
@@ -167,14 +176,6 @@ class Component:
                     f"{_nearest(name, [*batch.columns, *PASSED])}"
                 )
         return {name: _copied(name, values) for name, values in offered.items()} | self._options
-
-    def _check_options(self, fn: Callable, taken: Iterable[str]) -> None:
-        parameters = _parameters(fn)
-        names = [name for name, parameter in parameters.items() if parameter.kind in _BY_NAME and name not in taken]
-        takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-        for option in self._options:
-            if option in taken or (option not in names and not takes_any):
-                raise UserError(f"rewards.{self.name}: {_label(fn)} has no option `{option}`{_nearest(option, names)}")
 
     def _fault(self, reason: str) -> RewardFault:
         return RewardFault(f"component {self.name!r}: {reason}")

@@ -117,7 +117,7 @@ class RolloutGroup:
                     raise self._cause(error, slot) from None
         for slot in self._slots:
             if slot.index not in pending and not slot.ready:  # it is still starting: queue this version behind
-                slot.receipt = self._send(slot)
+                slot.receipt, slot.deadline = self._send(slot), time.monotonic() + self._timeout_s
         return verified
 
     def close(self) -> None:
@@ -178,19 +178,20 @@ class RolloutGroup:
             else:
                 if isinstance(answer, WeightAck):
                     self._latest.verify(answer)
-                slot.ready = True
-                self._welcome(slot)
+                self._welcome(slot, answer.pid)
         return finished
 
-    def _welcome(self, slot: _Slot) -> None:
-        name, pid = ray.get(slot.actor.hello.remote(), timeout=self._timeout_s)
-        self.pids[name] = pid
+    def _welcome(self, slot: _Slot, pid: int) -> None:
+        slot.ready = True
+        self.pids[slot.name] = pid
         if slot.incarnation:
             version = f" with weights of version {self._latest.manifest.version}" if self._latest else ""
-            self._note(f"{name} (pid {pid}) serves{version}")
+            self._note(f"{slot.name} (pid {pid}) serves{version}")
 
     def _lose(self, slot: _Slot, when: str, error: Exception) -> None:
         """Kill what is left of a worker (it may only hang) and start its successor. Raises ProcessFault if too many."""
+        if getattr(error, "actor_init_failed", False):  # its constructor raised: it would again in any successor
+            raise ProcessFault(f"{slot.name} cannot start: {error}")
         reason = "missed its deadline" if isinstance(error, GetTimeoutError) else "died"
         self.counters["worker_lost"] += 1
         self.pids.pop(slot.name, None)

@@ -80,9 +80,11 @@ class PromptStream:
         seed: int,
         shuffle: bool,
         window: int | None = None,
+        stop: tuple[int, ...] = (),
         source: str = "data.path",
     ) -> None:
-        """`window` is how many prompt tokens leave room for a response; None where the model names no limit."""
+        """`window`: how many prompt tokens leave room for a response, None where the model names no limit. `stop`: ids
+        that end a response, so no prompt may end with one."""
         if not rows:
             raise UserError(f"{source}: has no rows; each line must be an object with `{data.prompt_column}`")
         limit = min(data.max_prompt_tokens, window) if window is not None else data.max_prompt_tokens
@@ -99,6 +101,11 @@ class PromptStream:
                 raise UserError(
                     f"{source}: the prompt of row {i + 1} has {len(ids)} tokens, {limit} fit"
                     " (data.max_prompt_tokens, and the model's window less rollout.max_new_tokens)"
+                )
+            if ids[-1] in stop:
+                raise UserError(
+                    f"{source}: the prompt of row {i + 1} ends with the stop token {ids[-1]}, which tokenizer or chat"
+                    " template put there: a response after it would not be one; switch that off (add_eos_token)"
                 )
             self._prompt_ids.append(np.asarray(ids, dtype=np.int64))
         self._columns = [

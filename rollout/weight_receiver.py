@@ -19,22 +19,27 @@ class WeightReceiver:
         self.version = -1  # of the weights in use; -1: as loaded from disk, never yet synchronised
         self._manifest: WeightManifest | None = None
         self._staged: dict[str, Tensor] = {}
+        self._refusal: Exception | None = None  # the sender reads the answer to `commit` alone: it must hear the cause
 
     def begin(self, manifest: WeightManifest) -> None:
         """Open a version. Raises InvariantFault if it is older than the one in use or does not fit the model."""
+        self._manifest, self._staged, self._refusal = None, {}, None
         if manifest.version < self.version:
-            raise InvariantFault(f"weights of version {manifest.version} offered, {self.version} is in use")
+            raise self._refuse(f"weights of version {manifest.version} offered, {self.version} is in use")
         offered = {spec.name: spec.shape for spec in manifest.specs}
         expected = {name: tuple(tensor.shape) for name, tensor in self._live.items()}
         if offered != expected:
             wrong = sorted(name for name in offered.keys() | expected if offered.get(name) != expected.get(name))
-            raise InvariantFault(f"weights of version {manifest.version} do not fit this model at {wrong[:5]}")
-        self._manifest, self._staged = manifest, {}
+            raise self._refuse(f"weights of version {manifest.version} do not fit this model at {wrong[:5]}")
+        self._manifest = manifest
 
     def receive(self, index: int, bucket: np.ndarray) -> None:
         """Stage bucket `index` ([n] uint8). May come in any order, a second time too."""
         manifest = self._opened()
-        self._staged.update(unpack(manifest.buckets[index], manifest, bucket))
+        try:
+            self._staged.update(unpack(manifest.buckets[index], manifest, bucket))
+        except ValueError as error:
+            raise self._refuse(str(error)) from None
 
     @torch.no_grad()
     def commit(self) -> str:
@@ -51,10 +56,22 @@ class WeightReceiver:
             )
         for spec in manifest.specs:
             self._live[spec.name].copy_(self._staged[spec.alias_of or spec.name])
+        for spec in manifest.specs:  # what lies in the live model now, not what arrived; a later name may share storage
+            live = self._live[spec.name]
+            if not torch.equal(live, self._staged[spec.alias_of or spec.name].to(live)):
+                raise InvariantFault(
+                    f"weights of version {manifest.version}: {spec.name} holds other numbers than sent"
+                )
         self.version, self._manifest, self._staged = manifest.version, None, {}
         return received
 
+    def _refuse(self, reason: str) -> InvariantFault:
+        self._refusal = self._refusal or InvariantFault(reason)
+        return self._refusal
+
     def _opened(self) -> WeightManifest:
+        if self._refusal is not None:
+            raise self._refusal
         if self._manifest is None:
             raise InvariantFault("a weight bucket or commit arrived before its manifest")
         return self._manifest

@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,13 @@ from core.weights import Probe, WeightAck, WeightManifest
 from rollout.engines.engine import Engine
 from rollout.offsets import OffsetMapper
 from rollout.weight_receiver import WeightReceiver
+
+
+@dataclass(frozen=True)
+class WorkerReady:
+    """The answer of a worker that has loaded its model and got no weights yet."""
+
+    pid: int
 
 
 class RolloutWorker:
@@ -27,15 +35,15 @@ class RolloutWorker:
     ) -> None:
         """`load_engine` and `load_tokenizer` run in the actor's process: weights are read on the worker's host."""
         torch.set_num_threads(threads)
-        torch.use_deterministic_algorithms(deterministic)
+        torch.use_deterministic_algorithms(deterministic, warn_only=True)  # a GPU has no deterministic cumsum
         self.name = name
         self._engine = load_engine()
         self._map_offsets = OffsetMapper(load_tokenizer())
         self._weights = WeightReceiver(self._engine.live_tensors())
 
-    def hello(self) -> tuple[str, int]:
-        """Name and process id; answers once the model is loaded."""
-        return self.name, os.getpid()
+    def hello(self) -> WorkerReady:
+        """Answers once the model is loaded."""
+        return WorkerReady(pid=os.getpid())
 
     def generate(self, requests: list[PromptRequest]) -> tuple[list[Trajectory], int]:
         """Write one response to each request. Returns the trajectories and, apart, the number of tokens written.
@@ -71,4 +79,6 @@ class RolloutWorker:
         """Put the staged weights to use and say what they compute."""
         digest = self._weights.commit()
         logprobs = self._engine.logprobs(probe.prompt_ids, probe.response_ids)
-        return WeightAck(worker=self.name, version=self._weights.version, digest=digest, probe_logprobs=logprobs)
+        return WeightAck(
+            worker=self.name, version=self._weights.version, digest=digest, probe_logprobs=logprobs, pid=os.getpid()
+        )

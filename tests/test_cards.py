@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+
 from tokenppo import Span
 
 CARDS = Path(__file__).parents[1] / "examples" / "cards"

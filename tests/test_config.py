@@ -85,7 +85,8 @@ def test_overrides_are_read_by_the_schema():
         ({"optim.lr": "-1"}, ["optim.lr", "greater than or equal to 0"]),
         ({"rollout.temperature": "0"}, ["rollout.temperature", "greater than 0"]),
         ({"ppo.gamma": "1.5"}, ["ppo.gamma", "less than or equal to 1"]),
-        ({"ppo.kl_estimator": "k4"}, ["ppo.kl_estimator", "'k1', 'k2' or 'k3'"]),
+        ({"optim.schedule": "cosin"}, ["optim.schedule", "'constant', 'linear' or 'cosine'"]),
+        ({"ppo.target_kl": "6", "ppo.kl_horizon": "100"}, ["ppo.kl_horizon = 100", "256"]),
         ({"ppo.mini_batch_size": "60"}, ["ppo.mini_batch_size = 60", "256", "[32, 64]"]),
         (
             {"rollout.batch_size": "254", "rollout.n_samples_per_prompt": "4"},
@@ -126,6 +127,18 @@ def test_mistakes_in_the_file_name_file_and_line(tmp_path):
 def test_what_is_no_option_is_refused(argv):
     with pytest.raises(UserError):
         arguments.parse(argv)
+
+
+def test_a_key_given_twice_in_a_file_is_refused(tmp_path):
+    (tmp_path / "c.yaml").write_text("optim: {lr: 1.0e-3}\nrun: {steps: 3}\noptim: {schedule: constant}\n")
+    assert "c.yaml:3" in refusal({}, tmp_path / "c.yaml") and "`optim` appears twice" in refusal(
+        {}, tmp_path / "c.yaml"
+    )
+
+
+def test_numbers_of_a_file_are_numbers_without_a_point_too(tmp_path):
+    (tmp_path / "c.yaml").write_text("rewards: {mine: {fn: r.py:f, options: {scale: 1e-3, n: 4, name: e5}}}\n")
+    assert load(tmp_path / "c.yaml", LEAST).rewards["mine"].options == {"scale": 1e-3, "n": 4, "name": "e5"}
 
 
 def test_parse_override_knows_null_and_yaml():

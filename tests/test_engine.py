@@ -125,6 +125,10 @@ def test_stop_ids_come_from_generation_config_and_tokenizer(tmp_path):
     folder = tiny_models.save_model(tmp_path / "m")
     assert stop_ids(str(folder), 5) == (0, 5, 7)
     (folder / "generation_config.json").unlink()
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": 9}))
+    assert stop_ids(str(folder), 5) == (5, 9)
+    (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": None}))
     assert stop_ids(str(folder), 5) == (5,)
     with pytest.raises(UserError, match="eos"):
         stop_ids(str(folder), None)

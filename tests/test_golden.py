@@ -1,8 +1,9 @@
 """Every golden case: within 1e-10 in float64, and within 2e-5 with the same inputs rounded to float32."""
 
-import golden_cases
 import pytest
 import torch
+
+import golden_cases
 
 ALL_CASES = [case for file in golden_cases.CASES_PER_FILE for case in golden_cases.load(file)]
 

@@ -9,9 +9,10 @@ B samples, T response tokens, V vocabulary.
 import functools
 import importlib
 
-import golden_cases
 import pytest
 import torch
+
+import golden_cases
 
 FILES_OF = {"compute_gae": ["compute_gae", "compute_gae_bootstrap"]}
 
@@ -49,7 +50,7 @@ FAULTS = {
         "masked outputs are not zero",
         "lowered to float32",
     ],
-    "masked_mean": ["mask ignored", "mean of row means", "0 / 0"],
+    "masked_mean": ["mask ignored", "mean of row means", "epsilon in the denominator", "0 / 0"],
     "policy_loss": [
         "clipped above only",
         "clipped below only",
@@ -215,6 +216,8 @@ def masked_mean(x, mask, *, fault=None):
     if fault == "mean of row means":
         rows = [masked_mean(x[[b]], mask[[b]]) for b in range(len(x)) if mask[b].any()]
         return torch.stack(rows).mean() if rows else x.new_zeros(())
+    if fault == "epsilon in the denominator":
+        return torch.where(mask, x, 0).sum() / (mask.to(x.dtype).sum() + 1e-8)
     return torch.where(mask, x, 0).sum() / (mask.sum() if fault == "0 / 0" else mask.sum().clamp(min=1))
 
 

@@ -914,6 +914,18 @@ def test_shaped_rewards_by_hand():
     close(ppo.shape_rewards(*call, kl_coef=0.0), [[1.0, 0.0]])
 
 
+def test_every_token_pays_for_its_own_kl():
+    # k1 of 1/2 against 1/4 is ln 2, of 1/4 against 1/2 it is -ln 2, of 1/2 against 1/2 nothing; kl_coef 0.5
+    shaped = ppo.shape_rewards(
+        f64([[0.0, 1.0, 2.0, HOLE]]),
+        logs([[0.5, 0.25, 0.5, 0.1]]),
+        logs([[0.25, 0.5, 0.5, 0.9]]),
+        mask_of([[1, 1, 1, 0]]),
+        kl_coef=0.5,
+    )
+    close(shaped, [[-0.34657359027997264, 1.34657359027997264, 2.0, 0.0]])
+
+
 def test_the_kl_controller_by_hand():
     # target 6 nats per response, horizon 1000, 100 responses a step:
     #   KL 6.6: error 0.1, factor 1 + 0.1 * 100 / 1000 = 1.01;   KL 60: error held at 0.2, factor 1.02

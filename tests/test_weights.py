@@ -92,10 +92,12 @@ def test_a_missing_bucket_a_flipped_bit_and_a_short_bucket_are_refused(pair):
         receiver.receive(index, bucket)
     with pytest.raises(InvariantFault, match="damaged"):
         receiver.commit()
-    with pytest.raises(ValueError, match="ends inside a"):
-        receiver.receive(0, pack(manifest.buckets[0], sender)[:-1])
-    with pytest.raises(ValueError, match="too many"):
-        receiver.receive(0, np.zeros(25, dtype=np.uint8))
+    for bucket, words in ((pack(manifest.buckets[0], sender)[:-1], "ends inside a"), (np.zeros(25, "u1"), "too many")):
+        receiver.begin(manifest)
+        with pytest.raises(InvariantFault, match=words):
+            receiver.receive(0, bucket)
+        with pytest.raises(InvariantFault, match=words):  # the sender reads this answer alone
+            receiver.commit()
     assert untouched(live) and receiver.version == -1
 
 
@@ -120,6 +122,14 @@ def test_the_digest_depends_on_version_names_shapes_and_bytes():
     assert len(digests) == 5
 
 
+def test_weights_that_do_not_stay_in_the_live_model_are_noticed():
+    """Two names of one storage that are sent as two tensors: the later overwrites the earlier."""
+    live = torch.zeros(3)
+    receiver = WeightReceiver({"a": live, "b": live})
+    with pytest.raises(InvariantFault, match="a holds other numbers than sent"):
+        send(receiver, {"a": torch.ones(3), "b": torch.full((3,), 2.0)}, 1)
+
+
 class Transport:
     """Delivers to one engine in this process; `alter` may spoil the acknowledgement."""
 
@@ -137,7 +147,11 @@ class Transport:
     def commit(self, probe, verify):
         digest = self.receiver.commit() if self.deliver else self.manifest.digest
         logprobs = self.engine.logprobs(probe.prompt_ids, probe.response_ids)
-        verify(self.alter(WeightAck(worker="w", version=self.manifest.version, digest=digest, probe_logprobs=logprobs)))
+        verify(
+            self.alter(
+                WeightAck(worker="w", version=self.manifest.version, digest=digest, probe_logprobs=logprobs, pid=1)
+            )
+        )
         return 1
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from core.combine import Combined, RunningMoments, combine
 from core.config import Config
+from core.faults import InvariantFault
 from core.metrics import Sums
 from core.trajectory import PromptRequest, Trajectory
 from core.weights import Probe
@@ -82,9 +83,9 @@ def train(
     """
     state = TrainState(kl=ppo.KLController(cfg.ppo.kl_coef, target_kl=cfg.ppo.target_kl, horizon=cfg.ppo.kl_horizon))
     publisher.publish(0)
-    with log.time("evaluate"):
-        before = evaluate(cfg, held_out, rollouts, rewards)
-    if before:
+    if held_out is not None:
+        with log.time("evaluate"):
+            before = evaluate(cfg, held_out, rollouts, rewards, version=0)
         on_eval(0, before)
         log.baseline(before)
 
@@ -94,6 +95,7 @@ def train(
             pending = rewards.submit(rollouts.generate(requests))
         with log.time("reward"):
             trajectories = rewards.collect(pending)
+            account(cfg, requests, trajectories, version=step - 1)
 
         with log.time("annotate"):
             batch = TrainBatch.collate(trajectories)
@@ -115,10 +117,10 @@ def train(
 
         means = rollout_means(batch, combined, trajectories, version=step - 1).merge(learner.reduce_list).means()
         means |= policy_means | update_means | {"objective/kl_coef": state.kl.coef}
-        state.kl.update(means["objective/kl"], cfg.rollout.batch_size)
-        if step % cfg.run.eval_every == 0 or step == cfg.run.steps:
+        state.kl.update(means["objective/kl"], len(batch))
+        if held_out is not None and (step % cfg.run.eval_every == 0 or step == cfg.run.steps):
             with log.time("evaluate"):
-                held_out_means = evaluate(cfg, held_out, rollouts, rewards)
+                held_out_means = evaluate(cfg, held_out, rollouts, rewards, version=step)
                 on_eval(step, held_out_means)
                 means |= held_out_means
         means |= {f"faults/{name}": count for name, count in (rollouts.counters + rewards.counters).items()}
@@ -134,7 +136,6 @@ def credit(cfg: Config, batch: TrainBatch, kl_coef: float, all_reduce: Callable[
         batch.ref_logprobs,
         batch.response_mask,
         kl_coef=kl_coef,
-        estimator=cfg.ppo.kl_estimator,
     )
     advantages, returns = ppo.compute_gae(
         rewards,
@@ -149,12 +150,29 @@ def credit(cfg: Config, batch: TrainBatch, kl_coef: float, all_reduce: Callable[
     return batch.fill(rewards=rewards, returns=returns, advantages=advantages)
 
 
-def evaluate(cfg: Config, held_out: Prompts | None, rollouts: Rollouts, rewards: Rewards) -> dict[str, float]:
-    """Held-out prompts, one sample each, on the workers at the version they have; {} without held-out prompts."""
-    if held_out is None:
-        return {}
+def account(cfg: Config, requests: list[PromptRequest], trajectories: list[Trajectory], *, version: int | None) -> None:
+    """Raise InvariantFault unless what came back is what was asked for, each once, written by `version` of the weights.
+
+    Fewer may come back than were asked: those were dropped and counted by `rewards`, within `run.max_dropped_frac`.
+    """
+    asked = {request.sample_uid for request in requests}
+    got = [t.request.sample_uid for t in trajectories]
+    if len(set(got)) != len(got) or not asked.issuperset(got) or not got:
+        raise InvariantFault(
+            f"{len(asked)} samples were asked for; {len(got)} came back, {len(asked & {*got})} of them"
+        )
+    other = {int(v) for t in trajectories for v in t.policy_version} - {version}
+    if cfg.run.checks and version is not None and other:
+        raise InvariantFault(f"tokens were written by weights of version {sorted(other)}, the learner has {version}")
+
+
+def evaluate(
+    cfg: Config, held_out: Prompts, rollouts: Rollouts, rewards: Rewards, *, version: int | None
+) -> dict[str, float]:
+    """Means over held-out prompts, one sample each, on the workers at `version` (None: as they loaded from disk)."""
     requests = held_out.first(cfg.data.eval_prompts)
     trajectories = rewards.collect(rewards.submit(rollouts.generate(requests)))
+    account(cfg, requests, trajectories, version=version)
     return evaluation_means(trajectories, cfg.rewards)
 
 

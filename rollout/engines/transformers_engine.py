@@ -11,7 +11,7 @@ import inspect
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationConfig
 
 from core.faults import UserError
 from core.logprobs import logprobs_from_logits
@@ -30,8 +30,8 @@ def stop_ids(model_path: str, tokenizer_eos: int | None) -> tuple[int, ...]:
     """Ids that end a response: all of the generation config, and the tokenizer's eos. Raises UserError if none."""
     try:
         configured = GenerationConfig.from_pretrained(model_path).eos_token_id
-    except OSError:  # the folder has none, which is legal
-        configured = None
+    except OSError:  # it has none, which is legal: transformers then goes by the model's own configuration
+        configured = AutoConfig.from_pretrained(model_path).eos_token_id
     ids = set(configured if isinstance(configured, list) else [configured]) | {tokenizer_eos}
     ids.discard(None)
     if not ids:

@@ -1,7 +1,6 @@
 """Starting real runs for the tests here: the command as a user types it, and the processes that belong to it."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -21,13 +20,11 @@ class Run:
     def __init__(self, folder: Path, *options: str, config: Path | None = CARDS) -> None:
         self.folder = folder
         self.out = folder.with_suffix(".out")
-        command = [sys.executable, "-m", "tokenppo", "train", *(["--config", str(config)] if config else [])]
+        command = [str(Path(sys.executable).parent / "tokenppo"), "train"]
+        command += ["--config", str(config)] if config else []
         command += ["--run.dir", str(folder.parent), "--run.name", folder.name, *options]
-        environment = os.environ | {"PYTHONPATH": str(ROOT)}
         with open(self.out, "wb") as out:
-            self.process = subprocess.Popen(
-                command, cwd=folder.parent, stdout=out, stderr=subprocess.STDOUT, env=environment
-            )
+            self.process = subprocess.Popen(command, cwd=folder.parent, stdout=out, stderr=subprocess.STDOUT)
 
     def words(self) -> str:
         return self.out.read_text(errors="replace")

@@ -61,7 +61,11 @@ run: {steps: 3, eval_every: 2}
 
 @pytest.fixture(scope="module")
 def finished(task, tmp_path_factory) -> Run:
-    run = Run(tmp_path_factory.mktemp("runs") / "first", config=task / "config.yaml")
+    folder = tmp_path_factory.mktemp("runs")
+    for name in ("core", "launch", "rollout"):  # a user's folders of the same names, where the user stands
+        (folder / name).mkdir()
+        (folder / name / "__init__.py").write_text("raise ImportError('a stranger was imported')")
+    run = Run(folder / "first", config=task / "config.yaml")
     assert run.end(180) == 0, run.words()
     return run
 
@@ -208,9 +212,10 @@ def test_train_from_a_script(task, tmp_path, monkeypatch):
         optim={"lr": 1e-4},
         rollout={"workers": 1, "batch_size": 4, "max_new_tokens": 6},
         ppo={"mini_batch_size": 4},
-        run={"steps": 1, "name": "script"},
+        run={"steps": 2, "name": "script", "eval_every": 1},
         log={"trackers": []},
     )
+    assert got.summary["eval"] == {} and got.summary["steps"] == 2  # no held-out prompts, no evaluation
     assert got.folder == tmp_path / "runs" / "script" and got.summary["exit"] == 0
     assert (got.folder / "final" / "model.safetensors").exists()
     assert json.loads((got.folder / "prompts.jsonl").read_text().splitlines()[0]) == {"prompt": "the cat sat"}

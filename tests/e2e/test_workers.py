@@ -70,6 +70,26 @@ def test_the_same_bits_from_any_number_of_workers(cfg, by_one, n_workers):
         assert a.request.sample_uid == b.request.sample_uid
 
 
+def test_one_sample_that_makes_a_component_raise_costs_that_sample_alone(cfg, tmp_path):
+    """The call fails for its whole chunk; tried again alone, the innocent are scored."""
+    (tmp_path / "r.py").write_text("def inverse(n, **_):\n    return [1 / (x - 5) for x in n]\n")
+    component = cfg.rewards["length"].model_copy(update={"fn": f"{tmp_path}/r.py:inverse"})
+    run = cfg.run.model_copy(update={"max_dropped_frac": 0.05})
+    notes: list[str] = []
+    cfg = cfg.model_copy(update={"rewards": {"inverse": component}, "run": run})
+    tokenizer = build.load_tokenizer(cfg.model.path)
+    prompts, _ = build.prompt_streams(cfg, tokenizer)
+    group, rewards = build.rollout_group(cfg, tokenizer, "cpu", print), build.reward_client(cfg, None, notes.append)
+    try:
+        got = rewards.collect(rewards.submit(group.generate(prompts.take(24, 2))))
+    finally:
+        group.close()
+        rewards.close()
+    assert len(got) == 46 and not [t for t in got if t.request.columns["n"] == 5]
+    assert rewards.counters == {"scores_retried": 8, "samples_dropped": 2}  # a chunk is 4 prompts x 2 samples
+    assert "ZeroDivisionError" in notes[0] and "2 samples dropped" in notes[0]
+
+
 def test_trajectories_are_whole(by_one):
     assert len({t.request.sample_uid for t in by_one}) == 48
     for t in by_one:
