@@ -18,22 +18,22 @@ def load_tokenizer(path: str) -> Any:
     """The tokenizer of a model. Raises UserError if there is none."""
     from transformers import AutoTokenizer
 
-    try:
-        return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"model.path = {path}: no tokenizer loads from it ({reason})") from None
+    return _from_pretrained(AutoTokenizer, path, "tokenizer")
 
 
 def model_config(path: str) -> Any:
     """The configuration of a causal LM. Raises UserError if there is none."""
     from transformers import AutoConfig
 
+    return _from_pretrained(AutoConfig, path, "model configuration")
+
+
+def _from_pretrained(kind: Any, path: str, what: str) -> Any:
     try:
-        return AutoConfig.from_pretrained(path)
+        return kind.from_pretrained(path)
     except (OSError, ValueError, KeyError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"model.path = {path}: no model configuration loads from it ({reason})") from None
+        raise UserError(f"model.path = {path}: no {what} loads from it ({reason})") from None
 
 
 def response_room(cfg: Config) -> int | None:

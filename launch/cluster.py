@@ -4,6 +4,7 @@ import ctypes
 import logging
 import os
 import secrets
+import shutil
 import signal
 import sys
 from collections.abc import Iterator
@@ -45,6 +46,8 @@ def prepare_environment() -> None:
     Idle OpenMP threads must sleep: spinning ones steal the cores of the other processes.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if shutil.which("nvidia-smi") is None:  # else deepspeed, once imported, says at length that it found no GPU
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what run.deterministic needs on a GPU
     os.environ.setdefault("TQDM_DISABLE", "1")  # bars of libraries, from every process at once, over our own panel
     if "ray" not in sys.modules:  # half a change of mode, after the import, locks Ray out of its own cluster

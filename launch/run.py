@@ -86,10 +86,11 @@ def _train(
     summary: dict[str, Any],
 ) -> None:
     started = time.perf_counter()
+    console = Console()
+    console.print(f"{folder}: starting Ray, {cfg.rollout.workers} rollout workers, a reward server and the learner")
     stack.enter_context(cluster.ray_session(cfg))
     accelerator = _accelerator(cfg, folder)
     stack.callback(accelerator.end_training)
-    console = Console()
     tell = [console.print]  # where a line to the user goes; the log takes over once it is open
 
     def note(text: str) -> None:

@@ -9,23 +9,7 @@ import torch
 
 import tiny_models
 from core.faults import UserError
-from core.trajectory import PromptRequest, sample_uid
 from rollout.engines.transformers_engine import TransformersEngine, sample, stop_ids, uniforms
-
-
-def requests(n: int, *, seed: int = 1, shortest: int = 3) -> list[PromptRequest]:
-    rng = np.random.default_rng(5)
-    return [
-        PromptRequest(
-            ordinal=i,
-            k=0,
-            sample_uid=sample_uid("t", i, 0),
-            prompt_ids=rng.integers(1, tiny_models.VOCABULARY, size=shortest + i % 7),
-            columns={"prompt": ""},
-            seed=seed,
-        )
-        for i in range(n)
-    ]
 
 
 def engine(name: str, temperature: float = 1.0, max_new_tokens: int = 24) -> TransformersEngine:
@@ -39,7 +23,7 @@ def engine(name: str, temperature: float = 1.0, max_new_tokens: int = 24) -> Tra
 def test_logprobs_are_those_of_a_plain_forward_of_each_row_alone(name, temperature):
     """No padding, no cache, one row: log_softmax(logits / T) in float64 of transformers' own forward."""
     served = engine(name, temperature)
-    asked = requests(16)
+    asked = tiny_models.make_requests(16)
     worst, seen = 0.0, 0
     for request, got in zip(asked, served.generate(asked), strict=True):
         ids = torch.from_numpy(np.concatenate([request.prompt_ids, got.response_ids]))[None]
@@ -54,7 +38,7 @@ def test_logprobs_are_those_of_a_plain_forward_of_each_row_alone(name, temperatu
 
 @pytest.mark.parametrize("name", ["llama-tied", "gpt2"])
 def test_ids_do_not_depend_on_who_is_in_the_chunk(name):
-    served, asked = engine(name), requests(12)
+    served, asked = engine(name), tiny_models.make_requests(12)
     together = served.generate(asked)
     for size in (1, 5):
         apart = [g for i in range(0, 12, size) for g in served.generate(asked[i : i + size])]
@@ -66,14 +50,16 @@ def test_ids_do_not_depend_on_who_is_in_the_chunk(name):
 
 def test_another_seed_or_sample_number_gives_another_response():
     served = engine("llama-tied")
-    first = served.generate(requests(6))
-    assert [g.response_ids.tolist() for g in first] == [g.response_ids.tolist() for g in served.generate(requests(6))]
-    other = served.generate(requests(6, seed=2))
+    first = served.generate(tiny_models.make_requests(6))
+    assert [g.response_ids.tolist() for g in first] == [
+        g.response_ids.tolist() for g in served.generate(tiny_models.make_requests(6))
+    ]
+    other = served.generate(tiny_models.make_requests(6, seed=2))
     assert [g.response_ids.tolist() for g in first] != [g.response_ids.tolist() for g in other]
 
 
 def test_uniforms_are_counter_based():
-    a, b = requests(2)
+    a, b = tiny_models.make_requests(2)
     assert (uniforms(a, 50)[:20] == uniforms(a, 20)).all()  # number t does not depend on how many are drawn
     assert not np.intersect1d(uniforms(a, 50), uniforms(b, 50)).size
 
@@ -98,7 +84,7 @@ def test_the_ends_of_the_random_numbers_pick_possible_tokens():
 
 def test_stops_at_any_stop_id_and_says_why():
     served = engine("llama-tied", max_new_tokens=40)
-    for got in served.generate(requests(16)):
+    for got in served.generate(tiny_models.make_requests(16)):
         ids = got.response_ids.tolist()
         ended = ids[-1] in (0, 7)
         assert not {0, 7} & set(ids[:-1])
@@ -115,7 +101,7 @@ def test_no_setting_of_the_generation_config_reaches_the_samples(tmp_path):
     got = [
         TransformersEngine.load(
             str(path), stop_ids(str(path), 0), dtype="float32", device="cpu", temperature=1.0, max_new_tokens=16
-        ).generate(requests(8))
+        ).generate(tiny_models.make_requests(8))
         for path in (plain, odd)
     ]
     assert [g.response_ids.tolist() for g in got[0]] == [g.response_ids.tolist() for g in got[1]]

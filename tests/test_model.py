@@ -1,62 +1,55 @@
 """The policy with its value head: the one shift between logits and tokens; agreement with the rollout engine."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import tiny_models
-from core.trajectory import PromptRequest, Trajectory, sample_uid
+from core.trajectory import Trajectory
 from rollout.engines.transformers_engine import TransformersEngine
 from trainer.batch import TrainBatch
 from trainer.model import PolicyWithValueHead, run_policy
 
+CARDS_BASE = Path(__file__).parents[1] / "examples" / "cards" / "base"
 
-def trajectories(name: str, temperature: float, n: int = 12) -> tuple[torch.nn.Module, list[Trajectory]]:
-    rng = np.random.default_rng(3)
-    model = tiny_models.make_model(name)
-    asked = [
-        PromptRequest(
-            ordinal=i,
-            k=0,
-            sample_uid=sample_uid("t", i, 0),
-            prompt_ids=rng.integers(1, tiny_models.VOCABULARY, size=2 + i % 5),
-            columns={"prompt": ""},
-            seed=0,
-        )
-        for i in range(n)
-    ]
+
+def trajectories(
+    name: str, temperature: float, n: int = 12, device: str = "cpu"
+) -> tuple[torch.nn.Module, list[Trajectory]]:
+    """A random model of that shape, or the trained one of the cards task, and responses that its engine wrote."""
+    if name == "cards-base":
+        model = AutoModelForCausalLM.from_pretrained(CARDS_BASE, dtype=torch.float32).eval()
+    else:
+        model = tiny_models.make_model(name)
+    model = model.to(device)
     engine = TransformersEngine(model, (0, 7), temperature=temperature, max_new_tokens=20)
-    out = []
-    for request, g in zip(asked, engine.generate(asked), strict=True):
-        t = len(g.response_ids)
-        out.append(
-            Trajectory(
-                request=request,
-                response_ids=g.response_ids,
-                rollout_logprobs=g.logprobs,
-                action_mask=np.ones(t, dtype=bool),
-                token_offsets=np.zeros((t, 2), dtype=np.int64),
-                policy_version=np.zeros(t, dtype=np.int64),
-                finish_reason=g.finish_reason,
-                finished_at=0.0,
-                component_rewards={"a": np.arange(t, dtype=np.float64)},
-                component_mask={"a": np.ones(t, dtype=bool)},
-            )
-        )
-    return model, out
+    return model, tiny_models.roll_out(engine, n)
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 1.3])
-@pytest.mark.parametrize("name", tiny_models.configs())
-def test_rollout_and_learner_agree_on_every_token(name, temperature):
-    model, rolled = trajectories(name, temperature)
-    batch = TrainBatch.collate(rolled)
+@pytest.mark.parametrize("name", [*tiny_models.configs(), "cards-base"])
+@pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param(
+            "cuda",
+            marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")],
+        ),
+    ],
+)
+def test_rollout_and_learner_agree_on_every_token(device, name, temperature):
+    model, rolled = trajectories(name, temperature, device=device)
+    batch = TrainBatch.collate(rolled).to(torch.device(device))
     with torch.no_grad():
-        out = run_policy(PolicyWithValueHead(model).eval(), batch, temperature, with_entropy=True)
+        out = run_policy(PolicyWithValueHead(model).eval().to(device), batch, temperature, with_entropy=True)
     difference = torch.where(batch.response_mask, out.logprobs - batch.rollout_logprobs, 0.0).abs()
     assert batch.response_mask.sum() > 60
     assert difference.max() < 1e-5
-    assert ((out.entropy > 0) & (out.entropy < np.log(tiny_models.VOCABULARY)))[batch.response_mask].all()
+    assert ((out.entropy > 0) & (out.entropy < np.log(model.config.vocab_size)))[batch.response_mask].all()
 
 
 @pytest.mark.parametrize("name", ["llama-tied", "gpt2"])

@@ -13,7 +13,7 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from trainer import run_log
+from trainer import panel, run_log
 from trainer.run_log import RunLog
 
 ROOT = Path(__file__).parents[1]
@@ -63,7 +63,8 @@ class FakeClock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 1000.0
-        monkeypatch.setattr(run_log, "perf_counter", lambda: self.now)
+        for module in (run_log, panel):
+            monkeypatch.setattr(module, "perf_counter", lambda: self.now)
 
     def pass_s(self, seconds: float) -> None:
         self.now += seconds
@@ -343,13 +344,13 @@ def test_the_panel_is_whole_at_every_width_whatever_components_are_called(tmp_pa
 
 @pytest.mark.parametrize("components", [0, 3, 12])
 def test_the_panel_fits_a_terminal_of_24_lines(components, monkeypatch):
-    view, clock = run_log._View(title="", total_steps=100), run_log._Clock()
+    view, clock = panel.View(title="", total_steps=100), run_log._Clock()
     view.baseline = {"eval/slot_error": 0.437, "eval/reward/total": -0.9}
     row = a_row(tuple(f"c{i}" for i in range(components))) | {"time/total": 2.0, "perf/samples_per_s": 99.0}
     row |= {f"time/{phase}": 0.2 for phase in run_log._SPENT}
     view.add(1, row, wrote_at=run_log.perf_counter())
     console = a_terminal(color_system=None)
-    console.print(run_log._panel(view, clock, width=80, height=24))
+    console.print(panel.panel(view, clock, width=80, height=24))
     lines = printed(console).splitlines()
     assert len(lines) <= 24
     assert ("+ 8 more" in printed(console)) == (components == 12)
@@ -391,12 +392,12 @@ def test_notes_stand_above_the_panel(tmp_path):
     ],
 )
 def test_sparklines(values, width, line):
-    assert run_log._Spark(values).line(width) == line
+    assert panel._Spark(values).line(width) == line
 
 
 def test_the_bar_of_phases_fills_the_width_in_proportion():
     console = Console(file=io.StringIO(), width=20, color_system=None)
-    console.print(run_log._Shares({"rollout": 3.0, "update": 1.0, "other": 0.0}))
+    console.print(panel._Shares({"rollout": 3.0, "update": 1.0, "other": 0.0}))
     assert printed(console) == "█" * 15 + "▓" * 5 + "\n"
 
 
@@ -416,19 +417,19 @@ def test_the_bar_of_phases_fills_the_width_in_proportion():
     ],
 )
 def test_numbers_are_short(name, value, text):
-    assert run_log._number(name, value) == text
+    assert panel._number(name, value) == text
 
 
 def test_time_left_comes_from_recent_steps(monkeypatch):
     clock = FakeClock(monkeypatch)
-    view = run_log._View(title="", total_steps=20)
+    view = panel.View(title="", total_steps=20)
     assert view.seconds_left() is None
     for step in range(1, 11):
         view.add(step, {"time/total": 100.0 if step <= 2 else 3.0}, wrote_at=clock.now)
     assert view.seconds_left() == 30.0
     clock.pass_s(2.0)
     assert view.seconds_left() == 28.0
-    assert run_log._duration(28.0) == "0:28" and run_log._duration(3725) == "1:02:05"
+    assert panel._duration(28.0) == "0:28" and panel._duration(3725) == "1:02:05"
 
 
 def test_the_silent_log_has_every_method_and_does_nothing(tmp_path, monkeypatch, capsys):

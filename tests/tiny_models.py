@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
@@ -13,6 +14,9 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
 )
+
+from core.trajectory import PromptRequest, Trajectory, sample_uid
+from rollout.engines.transformers_engine import TransformersEngine
 
 VOCABULARY = 320
 _SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -62,3 +66,41 @@ def save_model(folder: Path, name: str = "llama-tied", *, seed: int = 0) -> Path
     make_model(name, seed=seed).save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return folder
+
+
+def make_requests(n: int, *, seed: int = 0, shortest: int = 2) -> list[PromptRequest]:
+    """Random prompts of several lengths."""
+    rng = np.random.default_rng(5)
+    return [
+        PromptRequest(
+            ordinal=i,
+            k=0,
+            sample_uid=sample_uid("t", i, 0),
+            prompt_ids=rng.integers(1, VOCABULARY, size=shortest + i % 7),
+            columns={"prompt": ""},
+            seed=seed,
+        )
+        for i in range(n)
+    ]
+
+
+def roll_out(engine: TransformersEngine, n: int) -> list[Trajectory]:
+    """What the engine writes to `n` random prompts, scored by one component "a" with random numbers."""
+    rng, asked, out = np.random.default_rng(1), make_requests(n), []
+    for request, g in zip(asked, engine.generate(asked), strict=True):
+        t = len(g.response_ids)
+        out.append(
+            Trajectory(
+                request=request,
+                response_ids=g.response_ids,
+                rollout_logprobs=g.logprobs,
+                action_mask=np.ones(t, dtype=bool),
+                token_offsets=np.zeros((t, 2), dtype=np.int64),
+                policy_version=np.zeros(t, dtype=np.int64),
+                finish_reason=g.finish_reason,
+                finished_at=0.0,
+                component_rewards={"a": rng.normal(size=t)},
+                component_mask={"a": np.ones(t, dtype=bool)},
+            )
+        )
+    return out

@@ -21,6 +21,8 @@ def save_pretrained(policy: PolicyWithValueHead, tokenizer: Any, folder: Path) -
     policy.lm.save_pretrained(fresh)
     tokenizer.save_pretrained(fresh)
     save_file({name: x.contiguous() for name, x in policy.value_head.state_dict().items()}, fresh / VALUE_HEAD_FILE)
+    for file in fresh.iterdir():  # safetensors leaves 0600, which a colleague's job could not read
+        file.chmod(0o644)
     if folder.exists():
         os.replace(folder, old)
     os.replace(fresh, folder)

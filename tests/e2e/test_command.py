@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tiny_models
 import tokenppo
-from cards_run import ROOT, Run
+from cards_run import ROOT, Run, same_numbers
 from core.faults import RewardFault, UserError
 from core.metrics import lookup
 
@@ -135,6 +135,18 @@ def test_evaluate_repeats_the_last_evaluation(finished):
     got = tokenppo.evaluate(finished.folder)
     after = finished.summary()["eval"]["after"]
     assert got == {name: pytest.approx(value, abs=1e-5) for name, value in after.items() if name != "step"}
+
+
+@pytest.mark.slow
+def test_accelerate_launch_is_the_same_thing(task, finished, tmp_path):
+    """The line that users have in their job scripts; and two identical runs have identical numbers."""
+    command = [str(Path(sys.executable).parent / "accelerate"), "launch"]
+    command += ["--config_file", "launch/accelerate/cpu.yaml", "-m", "launch.train"]
+    command += ["--config", str(task / "config.yaml"), "--run.dir", str(tmp_path), "--run.name", "first"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "first" / "metrics.jsonl").read_text().splitlines()]
+    same_numbers(finished.rows(), rows)
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(task, tmp_path):
