@@ -14,7 +14,7 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from train_command import CARDS, Finished, circumstances, is_done, table, train
+from train_command import CARDS, Finished, circumstances, table, train_unless_done
 
 EVAL_EVERY = 5  # updates; so fine is "updates until"
 SLOT_ERROR_TARGET, ENDED_TARGET, UPDATES_TARGET = 0.05, 0.98, 40
@@ -57,14 +57,16 @@ def main() -> int:
 
         def one(seed: int) -> Finished:
             run_folder = folder / f"seed{seed}"
-            if is_done(run_folder):
-                return Finished(run_folder, 0)
-            run = train(run_folder, CARDS, {"run.seed": seed, "run.eval_every": EVAL_EVERY})
+            run = train_unless_done(run_folder, CARDS, {"run.seed": seed, "run.eval_every": EVAL_EVERY})
             print(f"seed {seed} done" if not run.exit_code else run.last_words, file=sys.stderr, flush=True)
             return run
 
         with ThreadPoolExecutor(args.jobs) as pool:
-            results = [line_of(seed, run) for seed, run in enumerate(pool.map(one, range(args.seeds)))]
+            try:
+                results = [line_of(seed, run) for seed, run in enumerate(pool.map(one, range(args.seeds)))]
+            except KeyboardInterrupt:
+                pool.shutdown(cancel_futures=True)
+                raise
     print(f"{circumstances()}: {CARDS.name}, held-out slot error, whole run in seconds\n")
     print(table(HEADS, [line for line, _ in results]))
     met = sum(ok for _, ok in results)

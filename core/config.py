@@ -384,12 +384,29 @@ def _explain(problem: dict[str, Any]) -> str:
     return f"{key} = {problem['input']!r}: {message[:1].lower() + message[1:]}"
 
 
+# What the same setting is called elsewhere, too far in letters for a guess.
+FAMILIAR = {
+    "learning_rate": "optim.lr",
+    "lam": "ppo.gae_lambda",
+    "clip_range": "ppo.cliprange",
+    "init_kl_coef": "ppo.kl_coef",
+    "num_ppo_epochs": "ppo.ppo_epochs",
+    "max_steps": "run.steps",
+    "total_steps": "run.steps",
+    "output_dir": "run.dir",
+    "max_tokens": "rollout.max_new_tokens",
+    "num_generations": "rollout.n_samples_per_prompt",
+}
+
+
 def nearest_key(key: str) -> str | None:
     """The key of the schema that a mistyped one most likely means."""
     component = re.match(r"rewards\.([^.]+)\.", key)
     known = [k.replace("NAME", component.group(1)) if component else k for k in leaf_keys()]
     sections = list(Config.model_fields)
-    close = difflib.get_close_matches(key, known + sections, n=1, cutoff=0.6)
+    if key.rsplit(".", 1)[-1] in FAMILIAR:
+        return FAMILIAR[key.rsplit(".", 1)[-1]]
+    close = difflib.get_close_matches(key, known + sections, n=1, cutoff=0.75)
     if not close:  # the right name in the wrong section, or in none
         leaf = key.rsplit(".", 1)[-1]
         close = [k for k in known if k.rsplit(".", 1)[1] == leaf][:1]

@@ -109,7 +109,7 @@ SECTIONS: dict[str, tuple[Metric, ...]] = {
         ),
         *(
             replace(row, name=f"eval/{row.name}", meaning=f"Held-out prompts. {row.meaning}")
-            for row in (*_REWARD[1:], *_RESPONSE)
+            for row in (_REWARD[1], *_RESPONSE)
         ),
         Metric(
             "eval/<component>",

@@ -8,7 +8,7 @@ from core.config import Config
 from core.faults import UserError
 from launch.cluster import thread_plan
 from reward_server.client import RewardClient
-from reward_server.components import PASSED, check_options, load_component
+from reward_server.components import PASSED, check_options, load_component, missing_arguments
 from rollout.engines.transformers_engine import TransformersEngine, stop_ids
 from rollout.group import RolloutGroup
 from rollout.prompts import EVAL_SEED, PromptStream, load_rows
@@ -43,8 +43,8 @@ def response_room(cfg: Config) -> int | None:
         return None
     if cfg.rollout.max_new_tokens >= window:
         raise UserError(
-            f"rollout.max_new_tokens = {cfg.rollout.max_new_tokens}: the model's window is {window} tokens,"
-            " prompt and response together"
+            f"rollout.max_new_tokens = {cfg.rollout.max_new_tokens}: the model's window is {window} tokens, prompt and"
+            f" response together; give at most {window} less the longest prompt"
         )
     return window - cfg.rollout.max_new_tokens
 
@@ -76,11 +76,22 @@ def _refuse_reserved(rows: list[dict], prompt_column: str) -> None:
         raise UserError(f"data.path: columns named {names} are what reward functions get from us; rename them")
 
 
-def check_rewards(cfg: Config, functions: dict[str, Callable] | None = None) -> None:
-    """Load each component once here, so that a missing one is found before anything is started."""
+def check_rewards(cfg: Config, functions: dict[str, Callable] | None = None, columns: set[str] | None = None) -> None:
+    """Load each component once here, so that what is missing is found before anything is started.
+
+    `columns` are those of the data that reach the rewards; None where that is not known yet.
+    """
     for name, spec in cfg.rewards.items():
-        fn = functions[name] if functions is not None and name in functions else load_component(spec.fn)
+        try:
+            fn = functions[name] if functions is not None and name in functions else load_component(spec.fn)
+        except UserError as error:
+            raise UserError(f"rewards.{name}.fn: {error}") from None
         check_options(name, fn, spec.options)
+        if columns is not None and (missing := missing_arguments(fn, [*columns, *spec.options])):
+            raise UserError(
+                f"rewards.{name}.fn = {spec.fn}: it wants {', '.join(missing)}, and neither the columns of data.path"
+                f" ({', '.join(sorted(columns))}) nor rewards.{name}.options have that"
+            )
 
 
 def rollout_group(cfg: Config, tokenizer: Any, device: str, note: Callable[[str], None]) -> RolloutGroup:

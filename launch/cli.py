@@ -32,7 +32,7 @@ def main(argv: list[str]) -> int:
     verbs.add_parser("train", add_help=False, help="train a model; `tokenppo train --help` lists every key")
     evaluate = verbs.add_parser("evaluate", help="score held-out prompts with the weights of a finished run")
     evaluate.add_argument("run", metavar="RUN", help="path of a run folder")
-    evaluate.add_argument("--weights", choices=("final", "best", "base"), default="final")
+    evaluate.add_argument("--weights", choices=("final", "best", "base"), default="final", help="default final")
     evaluate.add_argument("--data", help="other prompts than data.eval_path of the run")
     try:
         if argv[:1] == ["train"]:
@@ -63,6 +63,7 @@ def train(argv: list[str]) -> int:
         print(arguments.help_text())
         return 0
     cfg = args.load()
+    run_folder.refuse_missing(cfg)
     if args.dry_run:
         from launch.plan import plan
 

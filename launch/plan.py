@@ -12,6 +12,7 @@ def plan(cfg: Config) -> str:
     build.check_rewards(cfg)
     tokenizer = build.load_tokenizer(cfg.model.path)
     prompts, held_out = build.prompt_streams(cfg, tokenizer)
+    build.check_rewards(cfg, columns=prompts.columns)
     n_parameters, n_layers, n_vocab = _model_size(cfg.model.path)
     learner_threads, worker_threads = cluster.thread_plan(cfg)
     batch, mini, micro = cfg.rollout.batch_size, cfg.ppo.mini_batch_size, cfg.ppo.micro_batch_size
@@ -24,7 +25,7 @@ def plan(cfg: Config) -> str:
     epochs = batch * cfg.run.steps / cfg.rollout.n_samples_per_prompt / len(prompts.rows)
     lines = [
         f"model      {cfg.model.path}: {n_parameters / 1e6:.2f} M parameters, {n_layers} layers, {cfg.model.dtype}",
-        f"prompts    {len(prompts.rows)} rows of {cfg.data.path}; the run sees each {epochs:.2g} times",
+        f"prompts    {len(prompts.rows)} rows of {cfg.data.path}; the run sees each {epochs:.1f} times",
         f"held out   {min(cfg.data.eval_prompts, len(held_out.rows))} of {len(held_out.rows)} rows of"
         f" {cfg.data.eval_path}, before, every {cfg.run.eval_every} steps, after"
         if held_out

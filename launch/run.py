@@ -57,6 +57,7 @@ def run(cfg: Config, inline: Inline = Inline()) -> RunResult:
     build.check_rewards(cfg, inline.functions)
     tokenizer = build.load_tokenizer(cfg.model.path)
     prompts, held_out = build.prompt_streams(cfg, tokenizer, inline.rows, inline.eval_rows)
+    build.check_rewards(cfg, inline.functions, prompts.columns)
     summary: dict[str, Any] = {"eval": {}, "seconds": {}, "steps": 0, "exit": 1}
     with run_folder.created(cfg) as folder:
         try:
@@ -67,7 +68,7 @@ def run(cfg: Config, inline: Inline = Inline()) -> RunResult:
                 _train(cfg, inline, stack, folder, tokenizer, prompts, held_out, summary)
             summary["exit"] = 0
         except BaseException as error:
-            summary |= {"exit": exit_code_of(error), "error": f"{type(error).__name__}: {error}"}
+            summary |= {"exit": exit_code_of(error), "error": f"{type(error).__name__}: {error}".removesuffix(": ")}
             raise
         finally:
             summary["seconds"]["whole_run"] = round(time.perf_counter() - started, 3)
@@ -87,7 +88,8 @@ def _train(
 ) -> None:
     started = time.perf_counter()
     console = Console()
-    console.print(f"{folder}: starting Ray, {cfg.rollout.workers} rollout workers, a reward server and the learner")
+    workers = f"{cfg.rollout.workers} rollout worker" + "s" * (cfg.rollout.workers > 1)
+    console.print(f"{folder}: starting Ray, {workers}, a reward server and the learner", soft_wrap=True)
     stack.enter_context(cluster.ray_session(cfg))
     accelerator = _accelerator(cfg, folder)
     stack.callback(accelerator.end_training)

@@ -15,6 +15,19 @@ from core.faults import UserError
 TRACES = ("metrics.jsonl", "best", "final")  # of a run that got somewhere; one that did not start may start again
 
 
+def refuse_missing(cfg: Config) -> None:
+    """Raise UserError for files and folders that the configuration names and that are not there. Imports nothing."""
+    for key, path in (("data.path", cfg.data.path), ("data.eval_path", cfg.data.eval_path)):
+        if path is not None and path.endswith((".jsonl", ".json", ".parquet")) and not Path(path).is_file():
+            raise UserError(f"{key} = {path}: there is no such file")
+    if Path(cfg.model.path).is_absolute() and not Path(cfg.model.path).is_dir():
+        raise UserError(f"model.path = {cfg.model.path}: there is no such folder; give one, or a hub id (owner/name)")
+    for name, spec in cfg.rewards.items():
+        file = spec.fn.rpartition(":")[0]
+        if file.endswith(".py") and not Path(file).is_file():
+            raise UserError(f"rewards.{name}.fn = {spec.fn}: there is no file {file}")
+
+
 def refuse_used(cfg: Config) -> None:
     """Raise UserError if the run folder holds a run, or cannot be written. Makes nothing."""
     folder = cfg.run.folder

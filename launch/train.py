@@ -20,7 +20,7 @@ tokenppo.refuse_if_shadowed()
 
 from core.config import load  # noqa: E402
 from core.faults import TERMINATED, Fault, UserError, exit_code_of  # noqa: E402
-from launch import arguments, cluster  # noqa: E402
+from launch import arguments, cluster, run_folder  # noqa: E402
 
 if TYPE_CHECKING:
     from launch.run import RunResult
@@ -37,6 +37,7 @@ def main(argv: list[str]) -> int:
             print(arguments.help_text())
             return 0
         cfg = args.load()
+        run_folder.refuse_missing(cfg)
         cluster.prepare_environment()
         if args.dry_run:
             from launch.plan import plan
@@ -71,7 +72,8 @@ def _farewell(result: "RunResult") -> str:
             shown = ", ".join(f"{k} {v:.3g}" for k, v in evals[when].items() if k != "step" and "/" not in k)
             reward = f"reward {evals[when]['reward/total']:.2f}"
             lines.append(f"{when:>7} (step {evals[when]['step']}): " + ", ".join(filter(None, [reward, shown])))
-    return "\n".join([*lines, f"results: {result.folder} (metrics.jsonl, summary.json, best/, final/)"])
+    names = [n for n in ("metrics.jsonl", "summary.json", "best", "final") if (result.folder / n).exists()]
+    return "\n".join([*lines, f"results: {result.folder} ({', '.join(names)})"])
 
 
 def train_in_process(

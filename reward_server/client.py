@@ -74,7 +74,7 @@ class RewardClient:
     def collect(self, pending: list[PendingScores]) -> list[Trajectory]:
         """The scored trajectories, sorted by (ordinal, k), each once.
 
-        A sample that a component failed on is tried once more, then dropped and counted.
+        A sample that a component failed on is tried once more, alone, then dropped and counted.
         Raises RewardFault above `run.max_dropped_frac`, ProcessFault if the server keeps dying or misses its deadline.
         """
         scored: dict[str, Trajectory] = {}
@@ -82,10 +82,12 @@ class RewardClient:
         for scores in pending:
             failures += self._fetch(scores, scored)
         if failures:
-            self.counters["scores_retried"] += len(failures)
-            # Alone: an exception fails a whole call, and only one of its samples may be to blame.
-            again = [self._send([failure.trajectory]) for failure in failures]
-            failures = [failure for scores in again for failure in self._fetch(scores, scored)]
+            if not self.counters["scores_retried"]:
+                self._note(f"{len(failures)} samples have no reward yet; the first: {failures[0].reason}")
+            again = [self._send([failure.trajectory]) for failure in failures if failure.try_alone]
+            self.counters["scores_retried"] += len(again)
+            failures = [failure for failure in failures if not failure.try_alone]
+            failures += [failure for scores in again for failure in self._fetch(scores, scored)]
             self._drop(failures, len(scored) + len(failures))
         return sorted(scored.values(), key=lambda t: t.order)
 

@@ -109,6 +109,22 @@ class ScoreRequest:
         )
 
 
+class NotPerCompletion(RewardFault):
+    """The answer has not one entry for each completion: it says nothing of any, and asked about one it might fit."""
+
+
+def missing_arguments(fn: Callable, given: Iterable[str]) -> list[str]:
+    """Names without a default that a reward function asks for and that neither we nor `given` have."""
+    if inspect.isclass(fn):
+        return []
+    known = {*PASSED, *given}
+    return [
+        name
+        for name, parameter in _parameters(fn).items()
+        if parameter.default is parameter.empty and parameter.kind in _BY_NAME and name not in known
+    ]
+
+
 def check_options(component: str, fn: Callable, options: Iterable[str]) -> None:
     """Raise UserError for an option that the function, or the constructor of the class, does not take."""
     taken = () if inspect.isclass(fn) else PASSED
@@ -154,9 +170,13 @@ class Component:
             raise self._fault(f"{_label(self._fn)} {_raised(error, _file_of(self._fn))}") from None
         is_list = isinstance(answer, (list, tuple)) and not isinstance(answer, Span)
         if not is_list and not (hasattr(answer, "tolist") and getattr(answer, "ndim", 0) > 0):
-            raise self._fault(f"answered {_shown(answer)}; allowed is a list with one entry per completion")
+            got = _shown(answer)
+            raise NotPerCompletion(
+                f"component {self.name!r}: answered {got}; wanted is a list, one entry per completion"
+            )
         if len(answer) != len(batch):
-            raise self._fault(f"answered {len(answer)} entries for {len(batch)} completions; one for each is wanted")
+            got = f"{len(answer)} entries for {len(batch)} completions"
+            raise NotPerCompletion(f"component {self.name!r}: answered {got}; one for each is wanted")
         return list(answer)
 
     def _arguments(self, batch: ScoreRequest) -> dict[str, Any]:
@@ -190,7 +210,7 @@ def score_component(component: Component, batch: ScoreRequest) -> list[tuple[np.
     try:
         answers = component.score(batch)
     except RewardFault as fault:
-        return [RewardFault(f"sample {uid}: {fault}") for uid in batch.uids]
+        return [type(fault)(f"sample {uid}: {fault}") for uid in batch.uids]
     placed: list[tuple[np.ndarray, np.ndarray] | RewardFault] = []
     for answer, offsets, uid in zip(answers, batch.offsets, batch.uids, strict=True):
         try:

@@ -13,7 +13,7 @@ import torch
 
 from core.config import RewardConfig
 from core.trajectory import Trajectory
-from reward_server.components import Component, ScoreRequest, load_component, score_component
+from reward_server.components import Component, NotPerCompletion, ScoreRequest, load_component, score_component
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +23,9 @@ class ScoreFailure:
     trajectory: Trajectory  # unscored, to be tried again
     component: str
     reason: str
+    try_alone: (
+        bool  # an exception fails a whole call though one sample may be to blame; see components.NotPerCompletion
+    )
 
 
 class RewardServer:
@@ -61,7 +64,9 @@ class RewardServer:
             failed = [(name, a[i]) for name, a in answers.items() if isinstance(a[i], Exception)]
             if failed:
                 name, error = failed[0]
-                failures.append(ScoreFailure(trajectory=trajectory, component=name, reason=str(error)))
+                alone = not isinstance(error, NotPerCompletion)
+                failure = ScoreFailure(trajectory=trajectory, component=name, reason=str(error), try_alone=alone)
+                failures.append(failure)
                 continue
             rewards = {name: a[i][0] for name, a in answers.items()}
             applies = {name: a[i][1] for name, a in answers.items()}

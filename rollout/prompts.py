@@ -52,7 +52,7 @@ def _read_jsonl(file: Path) -> list[dict[str, Any]]:
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise UserError(f"{file}:{number}: not valid JSON ({error.msg} at column {error.colno})") from None
+            raise UserError(f"{file}:{number}: not valid JSON ({error.msg}: column {error.colno})") from None
         if not isinstance(row, dict):
             raise UserError(f"{file}:{number}: a {type(row).__name__}, not an object with a prompt column")
         rows.append(row)
@@ -114,6 +114,11 @@ class PromptStream:
         ]
         self.run_id, self.seed, self.shuffle, self.position = run_id, seed, shuffle, 0
         self._order: tuple[int, np.ndarray] | None = None
+
+    @property
+    def columns(self) -> set[str]:
+        """Names of the columns that reach the rewards by keyword."""
+        return {name for row in self._columns for name in row} - {"prompt"}
 
     @property
     def fingerprint(self) -> str:

@@ -325,7 +325,7 @@ class TestScoreComponent:
         ("answer", "says"),
         [
             ([1.0], "answered 1 entries for 3 completions"),
-            (None, "answered None; allowed is a list with one entry per completion"),
+            (None, "answered None; wanted is a list, one entry per completion"),
             (1.0, "answered 1.0 (float)"),
             (np.array(1.0), "(ndarray)"),
             ("yes", "answered 'yes' (str)"),

@@ -80,6 +80,7 @@ def test_overrides_are_read_by_the_schema():
         ({"optim.lrr": "1"}, ["optim.lrr", "optim.lr?"]),
         ({"rewards.mine.wieght": "1"}, ["rewards.mine.wieght", "rewards.mine.weight?"]),
         ({"lr": "1"}, ["lr", "optim.lr?"]),
+        ({"optim.learning_rate": "1"}, ["optim.learning_rate", "did you mean optim.lr?"]),
         ({"optim.lr": "fast"}, ["optim.lr", "'fast'", "number"]),
         ({"optim.lr": "nan"}, ["optim.lr", "finite"]),
         ({"optim.lr": "-1"}, ["optim.lr", "greater than or equal to 0"]),

@@ -45,7 +45,7 @@ def accepted(name: str) -> bool:
     perf/rollout_tokens_per_s perf/learner_tokens_per_s perf/samples_per_s optim/lr optim/grad_norm
     faults/worker_lost faults/prompts_redispatched faults/duplicates_dropped faults/scores_retried
     faults/samples_dropped faults/weights_resent
-    eval/slot_error eval/reward/total eval/reward/quality/raw eval/reward/quality/weighted eval/response/length_mean
+    eval/slot_error eval/reward/total eval/reward/quality/raw eval/response/length_mean
     eval/response/truncated_frac""".split(),
 )
 def test_every_name_of_the_design_has_a_row(name):

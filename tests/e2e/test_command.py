@@ -30,6 +30,9 @@ def brevity(completion_ids, scale, **_):
 def topic(topic, **_):
     return [1.0 if t == "x" else None for t in topic]
 
+def asks(completions, answer):
+    return [0.0] * len(completions)
+
 def broken(completions, **_):
     return [float("nan") for _ in completions]
 """
@@ -167,6 +170,25 @@ def test_dry_run_prints_the_plan_and_writes_nothing(task, tmp_path):
     ):
         assert words in done.stdout
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--data.path", "absent.jsonl"], ["data.path", "absent.jsonl", "no such file"]),
+        (["--model.path", "./absent"], ["model.path", "no such folder"]),
+        (["--rewards.vowels.fn", "absent.py:fn"], ["rewards.vowels.fn", "absent.py"]),
+        (["--rewards.vowels.fn", "REWARDS:vowel"], ["rewards.vowels.fn", "did you mean", "vowels"]),
+        (["--rewards.vowels.fn", "REWARDS:asks"], ["rewards.vowels.fn", "wants answer", "topic"]),
+        (["--rewards.brevity.options.scal", "2"], ["rewards.brevity", "`scal`", "scale"]),
+    ],
+)
+def test_what_cannot_work_is_found_by_a_dry_run(task, tmp_path, options, words):
+    options = [word.replace("REWARDS", f"{task}/rewards.py") for word in options]
+    command = [sys.executable, "-m", "tokenppo", "train", "--config", str(task / "config.yaml"), "--dry-run"]
+    done = subprocess.run([*command, *options], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert not [w for w in words if w not in done.stderr], done.stderr
 
 
 def test_help_is_quick_and_lists_every_key():

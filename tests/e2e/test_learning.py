@@ -1,5 +1,7 @@
 """The demo learns, and what must not learn does not: shuffled rewards, learning rate 0, a weight sync that is cut."""
 
+import json
+import statistics
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,7 +31,8 @@ def test_the_demo_learns_to_state_facts_and_to_stop(seed, tmp_path):
     # First mini-batch, and the first step against the reference: both are exact but for rounding.
     assert rows[0]["objective/kl"] == pytest.approx(0, abs=1e-4 * 48)
     assert max(row["logprob_diff/mean"] for row in rows) < 1e-5
-    assert min(row["perf/scored_early_frac"] for row in rows) > 0  # scores arrive while other workers still write
+    # Scores arrive while other workers still write: in the middle step at least two of the four chunks.
+    assert statistics.median(row["perf/scored_early_frac"] for row in rows) >= 0.5
     assert max(abs(row["staleness/mean"]) for row in rows) == 0
 
 
@@ -89,8 +92,6 @@ def cut_run(tmp_path: Path, **settings: object) -> Path:
 
 def test_a_cut_weight_sync_shows_in_the_samples(tmp_path):
     """With the checks off the learner improves and its workers do not: only their samples tell."""
-    import json
-
     folder = cut_run(tmp_path, **{"run.checks": False, "run.steps": 12, "run.eval_every": 4})
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert min(row["eval/slot_error"] for row in rows if "eval/slot_error" in row) > 0.35

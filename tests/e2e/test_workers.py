@@ -5,6 +5,7 @@ import ray
 
 import tiny_models
 from core.config import load
+from core.faults import RewardFault
 from core.trajectory import Trajectory
 from launch import build, cluster
 
@@ -87,7 +88,25 @@ def test_one_sample_that_makes_a_component_raise_costs_that_sample_alone(cfg, tm
         rewards.close()
     assert len(got) == 46 and not [t for t in got if t.request.columns["n"] == 5]
     assert rewards.counters == {"scores_retried": 8, "samples_dropped": 2}  # a chunk is 4 prompts x 2 samples
-    assert "ZeroDivisionError" in notes[0] and "2 samples dropped" in notes[0]
+    assert all("ZeroDivisionError" in note for note in notes)
+    assert notes[0].startswith("8 samples have no reward yet") and notes[1].startswith("2 samples dropped")
+
+
+def test_an_answer_that_is_not_per_completion_fails_and_is_not_tried_alone(cfg, tmp_path):
+    """One entry for one completion would fit: asked about samples one by one, a wrong function would look right."""
+    (tmp_path / "r.py").write_text("def one(completions, **_):\n    return [1.0]\n")
+    component = cfg.rewards["length"].model_copy(update={"fn": f"{tmp_path}/r.py:one"})
+    cfg = cfg.model_copy(update={"rewards": {"one": component}})
+    tokenizer = build.load_tokenizer(cfg.model.path)
+    prompts, _ = build.prompt_streams(cfg, tokenizer)
+    group, rewards = build.rollout_group(cfg, tokenizer, "cpu", print), build.reward_client(cfg, None, print)
+    try:
+        with pytest.raises(RewardFault, match="answered 1 entries for 8 completions"):
+            rewards.collect(rewards.submit(group.generate(prompts.take(24, 2))))
+    finally:
+        group.close()
+        rewards.close()
+    assert rewards.counters["scores_retried"] == 0
 
 
 def test_trajectories_are_whole(by_one):
