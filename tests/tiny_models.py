@@ -28,7 +28,9 @@ def configs() -> dict[str, object]:
     return {
         "llama-tied": LlamaConfig(**rope, tie_word_embeddings=True),
         "llama-untied": LlamaConfig(**rope, tie_word_embeddings=False),
-        "gpt2": GPT2Config(vocab_size=VOCABULARY, n_positions=256, n_embd=32, n_layer=2, n_head=4),
+        "gpt2": GPT2Config(
+            vocab_size=VOCABULARY, n_positions=256, n_embd=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0
+        ),
         "qwen2-tied": Qwen2Config(**rope, tie_word_embeddings=True),
         "qwen3-untied": Qwen3Config(**rope, head_dim=8, tie_word_embeddings=False),
     }

@@ -180,7 +180,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(task, tmp_path):
         (["--rewards.vowels.fn", "absent.py:fn"], ["rewards.vowels.fn", "absent.py"]),
         (["--rewards.vowels.fn", "REWARDS:vowel"], ["rewards.vowels.fn", "did you mean", "vowels"]),
         (["--rewards.vowels.fn", "REWARDS:asks"], ["rewards.vowels.fn", "wants answer", "topic"]),
-        (["--rewards.brevity.options.scal", "2"], ["rewards.brevity", "`scal`", "scale"]),
+        (["--rewards.topic.fn", "REWARDS:asks", "--rewards.topic.options.scal", "2"], ["rewards.topic", "`scal`"]),
     ],
 )
 def test_what_cannot_work_is_found_by_a_dry_run(task, tmp_path, options, words):
