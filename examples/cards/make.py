@@ -2,7 +2,7 @@
 
     python examples/cards/make.py                                        # all of it, about 5 minutes on one core
     python examples/cards/make.py --no-train                             # the data only, seconds
-    python examples/cards/make.py --no-train --facts 36 --out /tmp/long  # cards of 36 facts: responses of 150 tokens
+    python examples/cards/make.py --no-train --facts 36 --out runs/long  # cards of 36 facts: responses of 150 tokens
 
 A card lists facts in any order, the name first; the response states each fact in a short sentence of its own:
 
