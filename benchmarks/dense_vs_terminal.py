@@ -136,9 +136,9 @@ def responses_until(curve: Curve, slot_error: float) -> int | None:
 
 
 def summary_table(curves: list[Curve], args: argparse.Namespace) -> str:
-    """For each length and arm: the error at the end, the mean over all evaluations after the first, and how soon."""
-    heads = ["facts", "tokens", "arm", "before", "at the end (lowest, highest)", "mean on the way", "responses to half"]
-    heads += ["cut", "s/run"]
+    """For each length and arm: slot errors, then what else became of the texts, reward (best 1) and length."""
+    heads = ["facts", "arm", "slot error before", "at the end (lowest, highest)", "mean on the way"]
+    heads += ["responses to half", "reward before, after", "tokens before, after", "cut", "s/run"]
     lines = []
     for facts in args.facts:
         for arm in args.arms:
@@ -146,19 +146,20 @@ def summary_table(curves: list[Curve], args: argparse.Namespace) -> str:
             runs = [c for c in all_runs if not c.exit_code]
             failed = f"{len(all_runs) - len(runs)} FAILED" if len(runs) < len(all_runs) else ""
             if not runs:
-                lines.append([str(facts), "-", arm, "-", failed, "-", "-", "-", "-"])
+                lines.append([str(facts), arm, "-", failed, *["-"] * (len(heads) - 4)])
                 continue
             ends = [c.slot_error[-1] for c in runs]
             halves = [responses_until(c, c.slot_error[0] / 2) for c in runs]
             lines.append(
                 [
                     str(facts),
-                    f"{mean(c.length[0] for c in runs):.0f}",
                     arm,
                     f"{mean(c.slot_error[0] for c in runs):.1%}",
                     f"{mean(ends):.1%} ({min(ends):.1%}, {max(ends):.1%}) {failed}".strip(),
                     f"{mean(mean(c.slot_error[1:]) for c in runs):.1%}",
                     ", ".join(str(n or "never") for n in halves),
+                    f"{mean(c.reward[0] for c in runs):.2f}, {mean(c.reward[-1] for c in runs):.2f}",
+                    f"{mean(c.length[0] for c in runs):.0f}, {mean(c.length[-1] for c in runs):.0f}",
                     f"{mean(c.truncated[-1] for c in runs):.1%}",
                     f"{mean(c.seconds for c in runs):.0f}",
                 ]
@@ -194,10 +195,10 @@ def draw(curves: list[Curve], args: argparse.Namespace) -> None:
         tokens = [c.length[0] for c in here if c.length]
         panel.set_title(f"{facts} facts, about {mean(tokens):.0f} tokens" if tokens else f"{facts} facts", fontsize=12)
         panel.set_xlim(0, args.updates * args.batch)
-        panel.set_ylim(bottom=0)
         panel.grid(axis="y", color="#dddddd", linewidth=0.8)
         panel.set_axisbelow(True)
         panel.set_xlabel("responses trained on")
+    panels[0][0].set_ylim(bottom=0)  # of all panels; only now, because it ends the scaling to what is drawn
     panels[0][0].set_ylabel("held-out slot error, %\n(lower is better)")
     handles = {
         label: line for panel in panels[0] for line, label in zip(*panel.get_legend_handles_labels(), strict=True)
