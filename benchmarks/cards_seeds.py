@@ -1,6 +1,6 @@
 """The demo as it is shipped, over many seeds: does each run learn to state the facts, and how soon?
 
-    python benchmarks/cards_seeds.py                           # 8 seeds, one after the other: 8 to 12 minutes
+    python benchmarks/cards_seeds.py                           # 8 seeds, one after the other: 7 to 12 minutes
     python benchmarks/cards_seeds.py --seeds 3 --out runs/seeds
     python benchmarks/cards_seeds.py --jobs 4                  # where there are 2 cores for each
 

@@ -1,7 +1,7 @@
 """Does it matter where a reward stands? Each on the token that earned it, against the same sum on the last token.
 
-    python benchmarks/dense_vs_terminal.py                        # all of it, about 40 minutes on 2 cores
-    python benchmarks/dense_vs_terminal.py --quick                # one seed, short cards, few updates: 2 minutes
+    python benchmarks/dense_vs_terminal.py                        # all of it, 25 to 40 minutes on 2 cores
+    python benchmarks/dense_vs_terminal.py --quick                # one seed, short cards, few updates: a minute
     python benchmarks/dense_vs_terminal.py --seeds 5 --facts 5 14
 
 The cards task at several lengths of the response. Every run gets the same number of responses, the same settings and

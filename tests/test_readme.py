@@ -17,7 +17,8 @@ PAGES = [ROOT / "README.md", ROOT / "AGENTS.md", *sorted((ROOT / "docs").glob("*
 
 def commands() -> list[str]:
     """Every indented line, and every line of a shell block, that begins with a command of ours."""
-    lines = [line.strip() for page in PAGES for line in page.read_text().splitlines()]
+    pages = [re.sub(r"\\\n\s*", "", page.read_text()) for page in PAGES]  # a line that goes on in the next is one
+    lines = [line.strip() for page in pages for line in page.splitlines()]
     return [re.sub(r"\s+#.*", "", x) for x in lines if re.match(r"(tokenppo|bash|accelerate launch|python) ", x)]
 
 
@@ -30,7 +31,8 @@ def test_a_command_names_files_and_options_that_exist(command, tmp_path):
     words = shlex.split(command)
     for word in words:
         if re.match(r"(launch|configs|examples|benchmarks|tests|docs)/", word) and not word.endswith(".png"):
-            assert (ROOT / word).exists(), f"{word} does not exist"
+            file = word.split(":")[0]  # a reward is file.py:function
+            assert (ROOT / file).exists(), f"{file} does not exist"
     if "train" in words or "launch.train" in words:
         start = words.index("train" if "train" in words else "launch.train") + 1
         args = arguments.parse(words[start:])
