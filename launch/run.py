@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from rich.console import Console
 
 from core.config import Config
@@ -91,6 +92,8 @@ def _train(
     workers = f"{cfg.rollout.workers} rollout worker" + "s" * (cfg.rollout.workers > 1)
     console.print(f"{folder}: starting Ray, {workers}, a reward server and the learner", soft_wrap=True)
     stack.enter_context(cluster.ray_session(cfg))
+    # Accelerate keeps the settings of its first user for the whole process: a second run in a notebook has its own.
+    stack.callback(AcceleratorState._reset_state, reset_partial_state=True)
     accelerator = _accelerator(cfg, folder)
     stack.callback(accelerator.end_training)
     tell = [console.print]  # where a line to the user goes; the log takes over once it is open

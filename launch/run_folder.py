@@ -31,7 +31,8 @@ def refuse_missing(cfg: Config) -> None:
 def refuse_used(cfg: Config) -> None:
     """Raise UserError if the run folder holds a run, or cannot be written. Makes nothing."""
     folder = cfg.run.folder
-    used = [name for name in TRACES if (folder / name).exists() and (folder / name).stat().st_size > 0]
+    # A run that ended before its first step leaves an empty metrics.jsonl; the size of a folder says nothing.
+    used = [n for n in TRACES if (folder / n).is_dir() or ((folder / n).is_file() and (folder / n).stat().st_size > 0)]
     if used:
         raise UserError(
             f"run.name = {cfg.run.name}: {folder} holds a run already ({', '.join(used)});"

@@ -23,9 +23,7 @@ class ScoreFailure:
     trajectory: Trajectory  # unscored, to be tried again
     component: str
     reason: str
-    try_alone: (
-        bool  # an exception fails a whole call though one sample may be to blame; see components.NotPerCompletion
-    )
+    try_alone: bool  # the call failed, maybe because of another sample; not so with components.NotPerCompletion
 
 
 class RewardServer:

@@ -78,7 +78,6 @@ class RolloutGroup:
         self._slots = [_Slot(i) for i in range(n_workers)]
         self.pids: dict[str, int] = {}
         self.counters: Counter[str] = Counter()
-        self.tokens = 0  # written since the start
         for slot in self._slots:
             self._spawn(slot)
 
@@ -173,7 +172,6 @@ class RolloutGroup:
             slot.receipt = None
             if slot.chunk:
                 finished.append(slot.result)
-                self.tokens += answer
                 slot.chunk, slot.result = [], None
             else:
                 if isinstance(answer, WeightAck):

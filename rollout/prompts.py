@@ -4,7 +4,6 @@
 function of (seed, epoch). So a position is one integer, and any process can compute any prompt.
 """
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -119,11 +118,6 @@ class PromptStream:
     def columns(self) -> set[str]:
         """Names of the columns that reach the rewards by keyword."""
         return {name for row in self._columns for name in row} - {"prompt"}
-
-    @property
-    def fingerprint(self) -> str:
-        """Hex digest of all rows: the same data under another name is the same stream."""
-        return hashlib.blake2b(json.dumps(self.rows, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
 
     def row_of(self, ordinal: int) -> int:
         """Which row prompt `ordinal` is."""

@@ -48,8 +48,8 @@ class RolloutWorker:
     def generate(self, requests: list[PromptRequest]) -> tuple[list[Trajectory], int]:
         """Write one response to each request. Returns the trajectories and, apart, the number of tokens written.
 
-        Two return values (num_returns=2): the group reads the number to learn how the call ended; the trajectories go
-        from here straight to the reward server.
+        Two return values (num_returns=2): the group reads the small one to learn that the call ended well; the
+        trajectories go from here straight to the reward server.
         """
         generations = self._engine.generate(requests)
         trajectories = []

@@ -6,16 +6,26 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 
 import tiny_models
 from core.config import Config, load
 from core.faults import InvariantFault
+from core.weights import Probe, make_manifest, pack
 from rollout.engines.transformers_engine import TransformersEngine
+from rollout.weight_receiver import WeightReceiver
 from trainer.batch import TrainBatch
 from trainer.learner import Learner
 from trainer.loop import credit
 
 N = 12
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    """Accelerate keeps its state for the process; each test has its own."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def configured(**overrides: object) -> Config:
@@ -163,3 +173,34 @@ def test_reference_never_moves():
     again, _ = it.annotate(rolled())
     assert torch.equal(again.ref_logprobs, batch.ref_logprobs)
     assert not torch.equal(again.old_logprobs, batch.old_logprobs)
+
+
+@pytest.mark.parametrize("name", tiny_models.configs())
+def test_bfloat16_workers_get_what_the_learner_computes_with(name, tmp_path):
+    """The default dtype: parameters travel in bf16, tied ones once, buffers as they are; then both sides agree."""
+    folder = tiny_models.save_model(tmp_path / "m", name)
+    worker = TransformersEngine.load(
+        str(folder), (0, 7), dtype="bfloat16", device="cpu", temperature=1.0, max_new_tokens=16
+    )
+    cfg = configured(**{"model.dtype": "bfloat16"})
+    it = Learner(
+        cfg,
+        Accelerator(cpu=True, mixed_precision="bf16"),
+        tiny_models.make_model(name, seed=3),
+        tiny_models.make_model(name, seed=3),
+    )
+    tensors, live = it.export_weights(), worker.live_tensors()
+    assert {n: (x.dtype, x.shape) for n, x in tensors.items()} == {n: (x.dtype, x.shape) for n, x in live.items()}
+    assert torch.bfloat16 in {x.dtype for x in tensors.values()}
+    manifest, receiver = make_manifest(1, tensors, 10**9), WeightReceiver(live)
+    aliases = [s for s in manifest.specs if s.alias_of]
+    assert len(aliases) == (0 if name.endswith("untied") else 1)
+    before = worker.logprobs(np.array([[1, 2, 3]]), np.array([[4, 5, 6]]))
+    receiver.begin(manifest)
+    for index, names in enumerate(manifest.buckets):
+        receiver.receive(index, pack(names, tensors))
+    receiver.commit()
+    probe = Probe(prompt_ids=np.array([[1, 2, 3]]), response_ids=np.array([[4, 5, 6]]))
+    after, wanted = worker.logprobs(probe.prompt_ids, probe.response_ids), it.probe_logprobs(probe)
+    assert np.abs(after - wanted).max() < 0.3 < np.abs(before - wanted).max()
+    assert all(p.dtype == torch.float32 for p in it.policy.parameters())  # the masters

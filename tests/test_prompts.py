@@ -63,11 +63,6 @@ def test_first_leaves_the_position_alone(tokenizer):
     assert numbers(s.first(4)) == [0, 1, 2, 3] and len(s.first(99)) == 10 and s.position == 0
 
 
-def test_the_fingerprint_is_of_the_rows(tokenizer):
-    same, other = stream(tokenizer, run_id="x", seed=5), stream(tokenizer, rows=ROWS[:-1])
-    assert stream(tokenizer).fingerprint == same.fingerprint != other.fingerprint
-
-
 def test_messages_go_through_the_chat_template_once(tokenizer):
     tokenizer = tiny_models.make_tokenizer()
     tokenizer.chat_template = (

@@ -255,6 +255,25 @@ def test_train_from_a_script(task, tmp_path, monkeypatch):
     assert json.loads((got.folder / "prompts.jsonl").read_text().splitlines()[0]) == {"prompt": "the cat sat"}
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_runs_of_another_dtype_follow_each_other_in_one_process(task, tmp_path, monkeypatch, dtype):
+    """As in a notebook, and the default dtype from end to end: the checks of the run are on."""
+    monkeypatch.chdir(tmp_path)
+    got = tokenppo.train(
+        model={"path": str(task / "model"), "dtype": dtype},
+        prompts=["the cat sat", "the dog ran"],
+        held_out=["the mat"],
+        rewards={"short": {"fn": f"{task}/rewards.py:brevity", "options": {"scale": 0.1}}},
+        optim={"lr": 1e-3},
+        rollout={"batch_size": 8, "max_new_tokens": 8, "n_samples_per_prompt": 2},
+        ppo={"mini_batch_size": 4},
+        run={"steps": 2, "name": dtype},
+        log={"trackers": []},
+    )
+    assert got.summary["exit"] == 0 and got.summary["steps"] == 2 and got.summary["eval"]["after"]["step"] == 2
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -1,5 +1,7 @@
 """Rollout workers and the reward server as real actors: what they write does not depend on how many they are."""
 
+import time
+
 import pytest
 import ray
 
@@ -90,6 +92,38 @@ def test_one_sample_that_makes_a_component_raise_costs_that_sample_alone(cfg, tm
     assert rewards.counters == {"scores_retried": 8, "samples_dropped": 2}  # a chunk is 4 prompts x 2 samples
     assert all("ZeroDivisionError" in note for note in notes)
     assert notes[0].startswith("8 samples have no reward yet") and notes[1].startswith("2 samples dropped")
+
+
+def test_a_finished_chunk_is_scored_while_the_next_is_not_yet_written(cfg, tmp_path):
+    """No clock decides: the second chunk is held back until the first one was scored. A client that waits for all
+    chunks before it sends one would never see the second."""
+    (tmp_path / "r.py").write_text(
+        "from pathlib import Path\n"
+        "def seen(n, **_):\n"
+        "    Path(__file__).with_name(f'scored-{min(n)}').touch()\n"
+        "    return [0.0] * len(n)\n"
+    )
+    component = cfg.rewards["length"].model_copy(update={"fn": f"{tmp_path}/r.py:seen"})
+    cfg = cfg.model_copy(update={"rewards": {"seen": component}})
+    tokenizer = build.load_tokenizer(cfg.model.path)
+    prompts, _ = build.prompt_streams(cfg, tokenizer)
+    group, rewards = build.rollout_group(cfg, tokenizer, "cpu", print), build.reward_client(cfg, None, print)
+
+    def one_after_the_other():
+        first, second = prompts.take(4, 2), prompts.take(4, 2)
+        yield from group.generate(first)
+        mark = tmp_path / f"scored-{min(r.columns['n'] for r in first)}"
+        deadline = time.monotonic() + 120
+        while not mark.exists():
+            assert time.monotonic() < deadline, "the first chunk was not scored before the second was written"
+            time.sleep(0.02)
+        yield from group.generate(second)
+
+    try:
+        assert len(rewards.collect(rewards.submit(one_after_the_other()))) == 16
+    finally:
+        group.close()
+        rewards.close()
 
 
 def test_an_answer_that_is_not_per_completion_fails_and_is_not_tried_alone(cfg, tmp_path):
