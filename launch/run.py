@@ -1,7 +1,6 @@
 """One run from its configuration to `final/`: wires the parts, trains, and ends everything it started."""
 
 import json
-import os
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -17,6 +16,7 @@ from rich.console import Console
 from core.config import Config
 from core.faults import UserError, exit_code_of
 from launch import build, cluster, run_folder
+from launch.trackers import Trackers
 from launch.weight_transport import ObjectStoreTransport
 from rollout.group import RolloutGroup
 from trainer.checkpoint import save_pretrained
@@ -94,9 +94,10 @@ def _train(
     stack.enter_context(cluster.ray_session(cfg))
     # Accelerate keeps the settings of its first user for the whole process: a second run in a notebook has its own.
     stack.callback(AcceleratorState._reset_state, reset_partial_state=True)
-    accelerator = _accelerator(cfg, folder)
+    accelerator = _accelerator(cfg)
     stack.callback(accelerator.end_training)
-    tell = [console.print]  # where a line to the user goes; the log takes over once it is open
+    # Where a line to the user goes, whole and as it is; the log takes over once it is open.
+    tell = [lambda text: console.print(text, markup=False, soft_wrap=True)]
 
     def note(text: str) -> None:
         tell[-1](text)
@@ -124,7 +125,8 @@ def _train(
             summary["eval"]["best"] = shown
             save_pretrained(learner.policy, tokenizer, folder / "best")
 
-    trackers = (lambda values, step: accelerator.log(values, step=step)) if cfg.log.trackers else None
+    trackers = Trackers.open(cfg, folder, ids={}, resumed_from=None, note=note)
+    stack.push(lambda kind, error, trace: trackers.close(exit_code_of(error) if error else 0))
     title = f"{cfg.run.name}: {Path(cfg.model.path).name} on {Path(cfg.data.path).name}"
     with RunLog(folder, total_steps=cfg.run.steps, trackers=trackers, console=console, title=title) as log:
         tell.append(log.note)
@@ -147,26 +149,15 @@ def _train(
     save_pretrained(learner.policy, tokenizer, folder / "final")
 
 
-def _logged_in_to_wandb() -> bool:
-    return "WANDB_API_KEY" in os.environ or (Path.home() / ".netrc").exists()
-
-
-def _accelerator(cfg: Config, folder: Path) -> Accelerator:
-    """This process's part in the launch: device, trackers, threads. Raises UserError for a launch that cannot work."""
+def _accelerator(cfg: Config) -> Accelerator:
+    """This process's part in the launch: device, precision, threads. Raises UserError for a launch that cannot work."""
     torch.manual_seed(cfg.run.seed)
     torch.set_num_threads(cluster.thread_plan(cfg)[0])
     torch.use_deterministic_algorithms(cfg.run.deterministic, warn_only=True)
     accelerator = Accelerator(
         cpu=cluster.device(cfg) == "cpu",
         mixed_precision="bf16" if cfg.model.dtype == "bfloat16" else "no",
-        log_with=list(cfg.log.trackers) or None,
-        project_dir=str(folder),
     )
     if accelerator.num_processes != 1:
         raise UserError(f"{accelerator.num_processes} learner processes were launched: this version trains with one")
-    if "wandb" in cfg.log.trackers and not _logged_in_to_wandb():
-        os.environ.setdefault("WANDB_MODE", "offline")  # else it would ask for a key and wait
-    if cfg.log.trackers:
-        settings = {key: value for key, value in run_folder.flat(cfg).items() if isinstance(value, int | float | str)}
-        accelerator.init_trackers(cfg.log.project, config=settings)
     return accelerator

@@ -30,6 +30,11 @@ from trainer.panel import View, can_draw, eval_line, one_line, panel, step_line
 
 Trackers = Callable[[dict[str, float], int], None]  # takes the finite numbers of one step
 
+
+class AlreadySaid(Exception):
+    """Raised by trackers that told the user of their failure themselves: counted, not said again."""
+
+
 _SPENT = tuple(phase for phase in PHASES if phase not in ("other", "total"))
 
 
@@ -209,7 +214,7 @@ class RunLog:
             self._trackers({name: float(value) for name, value in metrics.items() if math.isfinite(value)}, step)
         except Exception as error:  # any client of any service: none of them is worth a run
             self._tracker_errors += 1
-            if self._tracker_errors == 1:
+            if self._tracker_errors == 1 and not isinstance(error, AlreadySaid):
                 self.note(
                     f"warning: a tracker failed at step {step}, training goes on: {type(error).__name__}: {error}"
                 )

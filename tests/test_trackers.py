@@ -1,0 +1,340 @@
+"""The real W&B offline and the real TensorBoard. W&B keeps state per process, so each job here is one of its own."""
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from core.config import Config
+from launch import trackers as module
+from launch.trackers import HIDDEN, Trackers, logged_in, shown
+from tests import wandb_file
+from trainer.run_log import RunLog
+
+ROOT = Path(__file__).parents[1]
+
+JOB = """
+import json, os, signal, sys, time
+from pathlib import Path
+from accelerate import PartialState
+from core.config import Config
+from launch import trackers as module
+from launch.trackers import Trackers
+from trainer.run_log import RunLog
+
+job = json.loads(sys.argv[1])
+PartialState(cpu=True)
+module.CLOSE_S = job.get("close_s", module.CLOSE_S)
+cfg, folder = Config(**job["cfg"]), Path(job["folder"])
+print("wandb loaded:", "wandb" in sys.modules)
+trackers = Trackers.open(
+    cfg, folder, ids=job.get("ids", {}), resumed_from=job.get("resumed_from"), note=lambda text: print("note:", text)
+)
+print("ids:", json.dumps(trackers.ids))
+with RunLog(folder, total_steps=9, trackers=trackers) as log:
+    log.baseline({"eval/reward/total": 9.0})
+    for step in job["steps"]:
+        log.step(step, {"reward/total": step / 4, "eval/reward/total": -float(step), "faults/tracker_errors": step})
+    if job.get("die"):
+        from tests import wandb_file
+        (file,) = wandb_file.files(folder)
+        while len(wandb_file.read(file).rows) < 1 + len(job["steps"]):
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGKILL)
+    if job.get("freeze"):
+        import psutil
+        core = [p for p in psutil.Process().children() if p.name().startswith("wandb-core")]
+        assert len(core) == 1
+        core[0].suspend()
+trackers.close(job.get("exit", 0))
+trackers.close(0)
+print("closed; wandb loaded:", "wandb" in sys.modules)
+"""
+
+
+def settings(folder: Path, *names: str, **options) -> dict:
+    return {
+        "model": {"path": "m"},
+        "data": {"path": "d.jsonl"},
+        "rewards": {"quality": {"fn": "mine:quality", "options": options}},
+        "log": {"trackers": list(names), "project": "tests"},
+        "run": {"name": folder.name, "dir": str(folder.parent)},
+    }
+
+
+@pytest.fixture
+def job(tmp_path):
+    """Runs one process to its end, in a home of its own, with standard input closed."""
+    home = tmp_path / "home"
+    temporary = tmp_path / "tmp"
+    for made in (home, temporary, tmp_path / "cwd", tmp_path / "a-run"):
+        made.mkdir()
+
+    def run(*names, env=None, options=None, returncode=0, argv=(), **spec):
+        spec |= {"cfg": settings(tmp_path / "a-run", *names, **(options or {})), "folder": str(tmp_path / "a-run")}
+        clean = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_") and k != "NETRC"}
+        clean |= {"HOME": str(home), "TMPDIR": str(temporary), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        for name in ("XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME"):
+            clean.pop(name, None)
+        done = subprocess.run(
+            [sys.executable, "-P", "-c", JOB, json.dumps(spec), *argv],
+            env=clean | (env or {}),
+            cwd=tmp_path / "cwd",
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == returncode, done.stdout + done.stderr
+        return done
+
+    run.folder, run.home, run.temporary, run.cwd = tmp_path / "a-run", home, temporary, tmp_path / "cwd"
+    return run
+
+
+def notes(done) -> list[str]:
+    return [line for line in done.stdout.splitlines() if line.startswith("note:")]
+
+
+def ids(done) -> dict[str, str]:
+    return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("ids:"))[4:])
+
+
+def steps(recorded) -> list[int]:
+    return [row["_step"] for row in recorded.rows]
+
+
+def scalars(folder: Path, name: str) -> list[tuple[int, float]]:
+    reader = EventAccumulator(str(folder / "tests"), size_guidance={"scalars": 0})
+    reader.Reload()
+    return [(event.step, event.value) for event in reader.Scalars(name)]
+
+
+def test_one_run_offline_without_a_login_asks_nothing_and_is_all_there(job):
+    """One process, one file, the names of metrics.jsonl, the settings; nothing in the home or temporary folder."""
+    done = job("tensorboard", "wandb", steps=[1, 2, 3], options={"api_key": "hunter2", "url": "https://me:hunter2@h/"})
+    (file,) = wandb_file.files(job.folder)
+    hint = f"note: no W&B login: recorded in the run folder; upload with: wandb sync {file.parent}"
+    assert notes(done) == [hint]
+    assert done.stderr == ""
+    rest = [line for line in done.stdout.splitlines() if not line.startswith(("note:", "ids:", "step", "before"))]
+    assert rest == ["wandb loaded: False", "closed; wandb loaded: True"]
+
+    got = wandb_file.read(file)
+    assert (got.run_id, got.project, got.name) == (ids(done)["wandb"], "tests", "a-run")
+    assert got.exit_code == 0
+    assert steps(got) == [0, 1, 2, 3] == [row["step"] for row in got.rows]
+    written = [json.loads(line) for line in (job.folder / "metrics.jsonl").read_text().splitlines()]
+    for row, line in zip(got.rows[1:], written, strict=True):
+        sent = {name: value for name, value in row.items() if not name.startswith("_")}
+        assert sent == {name: value for name, value in line.items() if name != "timestamp"}
+    assert got.metrics["*"].step_metric == "step"
+    assert got.summary["eval/reward/total"] == {"max": 9.0, "last": -3.0} and got.summary["reward/total"] == 0.75
+    assert got.config["rollout.batch_size"] == 256 and got.config["optim.betas"] == [0.9, 0.95]
+    assert got.config["rewards.quality.options.api_key"] == HIDDEN
+
+    assert scalars(job.folder, "reward/total") == [(1, 0.25), (2, 0.5), (3, 0.75)]
+    assert len(list(job.folder.rglob("events.out.tfevents.*"))) == 1
+    for path in job.folder.rglob("*"):
+        assert not path.is_file() or b"hunter2" not in path.read_bytes(), path
+    for outside in (job.home, job.temporary, job.cwd):
+        assert list(outside.rglob("*")) == []
+
+
+def test_a_secret_on_the_command_line_is_not_recorded(job):
+    argv = ("--rewards.quality.options.api_key", "hunter2")
+    job("wandb", steps=[1], options={"api_key": "hunter2"}, argv=argv)
+    (file,) = wandb_file.files(job.folder)
+    assert b"hunter2" not in file.read_bytes()
+
+
+def test_after_a_kill_the_same_run_goes_on_and_has_each_step_once(job):
+    first = job("tensorboard", "wandb", steps=[1, 2, 3, 4, 5], die=True, returncode=-signal.SIGKILL)
+    second = job("tensorboard", "wandb", steps=[3, 4, 5, 6, 7], ids=ids(first), resumed_from=2)
+    assert ids(second) == ids(first)
+    one, two = (wandb_file.read(file) for file in wandb_file.files(job.folder))
+    assert one.run_id == two.run_id == ids(first)["wandb"]
+    assert steps(one) == [0, 1, 2, 3, 4, 5] and steps(two) == [6, 7]
+    assert one.exit_code is None and two.exit_code == 0
+    assert any("holds steps up to 5" in line for line in notes(second))
+    assert [step for step, _ in scalars(job.folder, "reward/total")] == [1, 2, 3, 4, 5, 6, 7]
+    assert [step for step, _ in scalars(job.folder, "eval/reward/total")] == [0, 1, 2, 3, 4, 5, 6, 7]
+    assert len(list((job.folder / "tests").iterdir())) == 2
+
+
+def test_a_run_that_failed_is_recorded_as_failed(job):
+    job("wandb", steps=[1], exit=3)
+    (file,) = wandb_file.files(job.folder)
+    assert wandb_file.read(file).exit_code == 3
+
+
+@pytest.mark.parametrize("broken", ["mode", "folder", "key"])
+def test_tensorboard_works_where_wandb_does_not(job, broken):
+    env = {"mode": {"WANDB_MODE": "nonsense"}, "folder": {}, "key": {"WANDB_API_KEY": "too short"}}[broken]
+    if broken == "folder":
+        (job.folder / "wandb").write_text("in the way")
+    done = job("wandb", "tensorboard", steps=[1, 2], env=env)
+    (line,) = notes(done)
+    assert line.startswith("note: warning: wandb could not be opened, training goes on without it: ")
+    assert done.stdout.count("warning") == 2 and "the trackers failed on 3 steps" in done.stdout
+    assert [step for step, _ in scalars(job.folder, "reward/total")] == [1, 2]
+    assert list(job.home.rglob("*")) == []
+
+
+def test_wandb_works_where_tensorboard_does_not(job):
+    (job.folder / "tests").write_text("in the way")
+    done = job("tensorboard", "wandb", steps=[1, 2])
+    assert "tensorboard could not be opened" in notes(done)[0]
+    (file,) = wandb_file.files(job.folder)
+    assert steps(wandb_file.read(file)) == [0, 1, 2]
+
+
+def test_disabled_by_the_user_is_obeyed(job):
+    done = job("wandb", steps=[1], env={"WANDB_MODE": "disabled"})
+    assert notes(done) == ["note: W&B is disabled by its settings: nothing is recorded"]
+    assert wandb_file.files(job.folder) == []
+
+
+def test_a_service_that_does_not_answer_costs_the_deadline_and_no_more(job):
+    """Frozen, W&B's own process would hold `finish` and the exit of the interpreter for ever."""
+    done = job("wandb", "tensorboard", steps=[1, 2], freeze=True, close_s=2.0)
+    assert any("wandb did not close well" in line and "no end after 2 s" in line for line in notes(done))
+    assert [step for step, _ in scalars(job.folder, "reward/total")] == [1, 2]
+
+
+def test_without_a_login_a_terminal_is_not_asked_either(job, tmp_path):
+    """Standard input, output and error are a terminal on which nobody types."""
+    spec = {"cfg": settings(job.folder, "wandb"), "folder": str(job.folder), "steps": [1]}
+    env = {"HOME": str(job.home), "PYTHONPATH": str(ROOT), "PATH": os.environ["PATH"], "TERM": "dumb"}
+    env |= {"WANDB_MODE": "online", "OMP_NUM_THREADS": "1"}
+    leader, terminal = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-c", JOB, json.dumps(spec)],
+        env=env,
+        cwd=job.cwd,
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
+        start_new_session=True,
+    )
+    os.close(terminal)
+    said = b""
+    try:
+        while chunk := os.read(leader, 4096):
+            said += chunk
+    except OSError:  # how Linux says that nobody holds the terminal any more
+        pass
+    os.close(leader)
+    assert process.wait(timeout=60) == 0, said.decode()
+    assert b"no W&B login" in said and b"choice" not in said and b"API key" not in said
+
+
+def test_tensorboard_alone_never_loads_wandb(job):
+    done = job("tensorboard", steps=[1])
+    assert "closed; wandb loaded: False" in done.stdout and notes(done) == [] and ids(done) == {}
+    assert not (job.folder / "wandb").exists()
+
+
+class Broken:
+    def __init__(self):
+        self.closed = None
+
+    def log(self, values, step):
+        raise ConnectionError("no route\nto host")
+
+    def close(self, exit_code):
+        self.closed = exit_code
+        raise ConnectionError("still none")
+
+
+class Works(Broken):
+    def __init__(self):
+        self.got = []
+
+    def log(self, values, step):
+        self.got.append(step)
+
+    def close(self, exit_code):
+        self.closed = exit_code
+
+
+def test_one_that_fails_keeps_no_other_from_its_values_and_is_said_once(tmp_path):
+    said = []
+    trackers = Trackers(ids={}, resumed_from=None, note=said.append)
+    broken, works = Broken(), Works()
+    trackers._open = {"wandb": broken, "tensorboard": works}
+    with RunLog(tmp_path, total_steps=3, trackers=trackers) as log:
+        for step in (1, 2, 3):
+            log.step(step, {"faults/tracker_errors": 0})
+        assert log._tracker_errors == 3
+    trackers.close(5)
+    assert works.got == [1, 2, 3] and works.closed == broken.closed == 5
+    assert said == ["warning: wandb failed at step 1, training goes on without it: ConnectionError: no route to host"]
+
+
+def test_a_tracker_that_hangs_in_close_does_not_keep_the_next_from_closing(monkeypatch):
+    from threading import Event
+
+    monkeypatch.setattr(module, "CLOSE_S", 0.2)
+    said, works, hangs = [], Works(), Works()
+    never = Event()
+    hangs.close = lambda exit_code: never.wait(30)
+    trackers = Trackers(ids={}, resumed_from=None, note=said.append)
+    trackers._open = {"wandb": hangs, "tensorboard": works}
+    trackers.close(0)
+    never.set()
+    assert works.closed == 0 and len(said) == 1 and "no end after 0.2 s" in said[0]
+
+
+def test_what_trackers_see_of_the_settings(tmp_path):
+    options = {
+        "api_key": "x",
+        "apiKey": "x",
+        "headers": {"Authorization": "Bearer x", "Accept": "json"},
+        "servers": [{"password": "x", "url": "http://u:x@host/path"}],
+        "max_tokens": 3,
+        "token": None,
+    }
+    cfg = settings(tmp_path, **options)
+    cfg["rewards"]["key"] = {"fn": "mine:key"}
+    got = shown(Config(**cfg))
+    option = "rewards.quality.options."
+    assert {name.removeprefix(option): value for name, value in got.items() if name.startswith(option)} == {
+        "api_key": HIDDEN,
+        "apiKey": HIDDEN,
+        "headers.Authorization": HIDDEN,
+        "headers.Accept": "json",
+        "servers": [{"password": HIDDEN, "url": f"http://{HIDDEN}@host/path"}],
+        "max_tokens": 3,
+        "token": None,
+    }
+    assert got["rewards.key.fn"] == "mine:key" and got["data.max_prompt_tokens"] == 1024
+
+
+def test_where_a_login_is_looked_for(tmp_path, monkeypatch):
+    for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_BASE_URL", "WANDB_CONFIG_DIR", "NETRC"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert not logged_in(tmp_path)
+    (tmp_path / ".netrc").write_text("machine example.org login me password x\n")
+    assert not logged_in(tmp_path)  # an entry, but for another host
+    monkeypatch.setenv("WANDB_BASE_URL", "https://example.org")
+    assert logged_in(tmp_path)
+    monkeypatch.delenv("WANDB_BASE_URL")
+    (tmp_path / ".netrc").write_text("machine api.wandb.ai login user password x\n")
+    assert logged_in(tmp_path)
+    (tmp_path / ".netrc").write_text("no netrc at all {")
+    assert not logged_in(tmp_path)
+    (tmp_path / ".config" / "wandb").mkdir(parents=True)
+    (tmp_path / ".config" / "wandb" / "settings").write_text("[default]\napi_key = x\n")
+    assert logged_in(tmp_path)
+    (tmp_path / ".config" / "wandb" / "settings").write_text("no section\n")
+    assert not logged_in(tmp_path)
+    monkeypatch.setenv("WANDB_API_KEY", "x")
+    assert logged_in(tmp_path)
