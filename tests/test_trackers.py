@@ -31,6 +31,7 @@ from trainer.run_log import RunLog
 job = json.loads(sys.argv[1])
 PartialState(cpu=True)
 module.CLOSE_S = job.get("close_s", module.CLOSE_S)
+module.INIT_S = job.get("init_s", module.INIT_S)
 cfg, folder = Config(**job["cfg"]), Path(job["folder"])
 print("wandb loaded:", "wandb" in sys.modules)
 trackers = Trackers.open(
@@ -185,6 +186,14 @@ def test_tensorboard_works_where_wandb_does_not(job, broken):
     assert done.stdout.count("warning") == 2 and "the trackers failed on 3 steps" in done.stdout
     assert [step for step, _ in scalars(job.folder, "reward/total")] == [1, 2]
     assert list(job.home.rglob("*")) == []
+
+
+def test_a_login_without_a_network_costs_the_deadline_and_no_more(job):
+    env = {"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9"}
+    done = job("wandb", "tensorboard", steps=[1, 2], env=env, init_s=2.0)
+    (line,) = notes(done)
+    assert "wandb could not be opened" in line and "127.0.0.1" in line
+    assert done.stderr == "" and [step for step, _ in scalars(job.folder, "reward/total")] == [1, 2]
 
 
 def test_wandb_works_where_tensorboard_does_not(job):
