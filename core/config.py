@@ -161,6 +161,8 @@ class ResourcesConfig(Section):
     """An existing Ray cluster to join; null starts one on this machine and ends it with the run."""
     reward_timeout_s: float = Field(300, gt=0)
     """Deadline for the scores of one chunk."""
+    collective_timeout_s: float = Field(1800, gt=0)
+    """How long a learner process waits for the others wherever they meet."""
 
 
 class RunSection(Section):
@@ -174,6 +176,12 @@ class RunSection(Section):
     """Decides the order of prompts, every sampled token and the membership of mini-batches."""
     eval_every: int = Field(10, ge=1)
     """Steps between evaluations; the first and the last policy are always evaluated."""
+    save_every: int = Field(10, ge=1)
+    """Steps between checkpoints; the last step always has one."""
+    keep_checkpoints: int = Field(2, ge=1)
+    """How many of the last checkpoints are kept."""
+    resume: Literal["auto", "never"] = "auto"
+    """auto: go on in a folder that holds this very run. never: refuse a folder that holds one."""
     deterministic: bool = False
     """Same numbers bit for bit in two runs on one machine: one thread per process, deterministic kernels."""
     checks: bool = True

@@ -8,6 +8,7 @@
 | 3 | ProcessFault | a process died or missed its deadline more often than the run may bear |
 | 4 | RewardFault | rewards could not be computed for more samples than the run may lose |
 | 5 | InvariantFault | training would go on with wrong numbers (stale weights, log-probs that differ, NaN) |
+| 6 | StorageFault | a file of the run could not be written or read back whole |
 | 130 | | interrupted (Ctrl-C) |
 | 143 | | terminated (SIGTERM) |
 """
@@ -41,6 +42,12 @@ class InvariantFault(Fault):
     """Numbers that must be equal are not: training on would learn from wrong data."""
 
     exit_code = 5
+
+
+class StorageFault(Fault):
+    """A file of the run could not be written, or what was written is damaged."""
+
+    exit_code = 6
 
 
 INTERRUPTED = 130

@@ -41,6 +41,7 @@ PHASES: dict[str, str] = {
     "update": "PPO epochs: forward, backward, optimizer.",
     "sync": "Sending the new weights until every worker has committed them.",
     "evaluate": "Evaluation, where one was due.",
+    "checkpoint": "Writing a checkpoint, where one was due; charged to the next step.",
     "log": "Writing metrics, panel and trackers; what the line of a step costs is charged to the next step.",
     "other": "time/total minus all phases above.",
     "total": "From the end of the previous step (or the start of the loop) to the end of this one.",

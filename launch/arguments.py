@@ -7,12 +7,16 @@ from typing import Any
 from core.config import Config, leaf_keys, load, nearest_key, parse_override, type_name
 from core.faults import UserError
 
+ACCELERATE_FILES = Path(__file__).parent / "accelerate"
+
 
 @dataclass
 class TrainArguments:
     config: Path | None = None
     dry_run: bool = False
     help: bool = False
+    accelerate: str | None = None  # name or path of an accelerate file
+    num_processes: int | None = None  # instead of what that file says
     overrides: dict[str, Any] = field(default_factory=dict)
 
     def load(self) -> Config:
@@ -20,7 +24,7 @@ class TrainArguments:
 
 
 def parse(argv: list[str]) -> TrainArguments:
-    """--config F, --dry-run, --help, and any `--section.key value` or `--section.key=value`. Raises UserError."""
+    """--config F, --accelerate F, --num-processes N, --dry-run, --help, any `--section.key value`. Raises UserError."""
     args, rest = TrainArguments(), list(argv)
     while rest:
         flag = rest.pop(0)
@@ -28,11 +32,18 @@ def parse(argv: list[str]) -> TrainArguments:
             args.help = True
         elif flag == "--dry-run":
             args.dry_run = True
-        elif flag == "--config" or flag.startswith("--config="):
+        elif (name := flag.partition("=")[0]) in ("--config", "--accelerate", "--num-processes"):
             value = flag.partition("=")[2] or (rest.pop(0) if rest else "")
-            if not value:
-                raise UserError("--config: wants the path of a YAML file")
-            args.config = Path(value)
+            if name == "--config":
+                if not value:
+                    raise UserError("--config: wants the path of a YAML file")
+                args.config = Path(value)
+            elif name == "--accelerate":
+                args.accelerate = str(accelerate_file(value))
+            else:
+                if not value.isdigit() or int(value) < 1:
+                    raise UserError(f"--num-processes {value}: wants the number of learner processes, at least 1")
+                args.num_processes = int(value)
         elif flag.startswith("--"):
             key, equals, value = flag[2:].partition("=")
             if "." not in key:
@@ -44,7 +55,18 @@ def parse(argv: list[str]) -> TrainArguments:
             args.overrides[key] = parse_override(key, value)
         else:
             raise UserError(f"{flag}: what is this? Options are --config FILE, --dry-run and --section.key VALUE")
+    if args.num_processes is not None and args.accelerate is None:
+        raise UserError(f"--num-processes {args.num_processes}: goes with --accelerate, e.g. --accelerate ddp")
     return args
+
+
+def accelerate_file(given: str) -> Path:
+    """`zero2` -> launch/accelerate/zero2.yaml; a path stays one. Raises UserError where there is no such file."""
+    names = sorted(file.stem for file in ACCELERATE_FILES.glob("*.yaml"))
+    file = ACCELERATE_FILES / f"{given}.yaml" if given in names else Path(given)
+    if not file.is_file():
+        raise UserError(f"--accelerate {given}: there is no such file, and no such name: {', '.join(names)}")
+    return file.absolute()
 
 
 def help_text() -> str:
@@ -58,9 +80,12 @@ def help_text() -> str:
         "  tokenppo train --config configs/cards.yaml --run.name first",
         "  tokenppo train --config configs/cards.yaml --optim.lr 3e-4 --rewards.quality.weight 2 --dry-run",
         "  tokenppo train --model.path Qwen/Qwen2.5-0.5B --data.path prompts.jsonl --rewards.mine.fn my.py:fn",
+        "  tokenppo train --accelerate zero2 --config configs/cards.yaml",
         "",
-        "  --config FILE   YAML with the sections below; relative paths in it are relative to it",
-        "  --dry-run       print the plan (models, processes, batches, memory, files) and write nothing",
+        "  --config FILE        YAML with the sections below; relative paths in it are relative to it",
+        "  --accelerate FILE    several learner processes: ddp, zero2, or an accelerate file of yours",
+        "  --num-processes N    how many, where that is not what the accelerate file says",
+        "  --dry-run            print the plan (models, processes, batches, memory, files) and write nothing",
         "",
     ]
     section = ""

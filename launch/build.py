@@ -12,6 +12,7 @@ from reward_server.components import PASSED, check_options, load_component, miss
 from rollout.engines.transformers_engine import TransformersEngine, stop_ids
 from rollout.group import RolloutGroup
 from rollout.prompts import EVAL_SEED, PromptStream, load_rows
+from rollout.shares import Exchange, Rollouts, Shares
 
 
 def load_tokenizer(path: str) -> Any:
@@ -94,8 +95,27 @@ def check_rewards(cfg: Config, functions: dict[str, Callable] | None = None, col
             )
 
 
-def rollout_group(cfg: Config, tokenizer: Any, device: str, note: Callable[[str], None]) -> RolloutGroup:
-    """Start the rollout workers; they load the model from disk and get version 0 from the learner."""
+def shares(cfg: Config, rank: int = 0, n_ranks: int = 1) -> Shares:
+    """Which chunks and which workers are those of one learner rank."""
+    return Shares(rank, n_ranks, cfg.rollout.workers, cfg.rollout.chunk_size)
+
+
+def rollouts(
+    cfg: Config,
+    tokenizer: Any,
+    device: str,
+    note: Callable[[str], None],
+    *,
+    share: Shares | None = None,
+    exchange: Exchange | None = None,
+) -> Rollouts:
+    """Start the workers of this rank; they load the model from disk and get their first version from the learner."""
+    share = share or shares(cfg)
+    group = _group(cfg, tokenizer, device, note, share.workers) if share.workers else None
+    return Rollouts(share, group, exchange, cfg.resources.collective_timeout_s)
+
+
+def _group(cfg: Config, tokenizer: Any, device: str, note: Callable[[str], None], workers: list[int]) -> RolloutGroup:
     stop = stop_ids(cfg.model.path, tokenizer.eos_token_id)
     load_engine = functools.partial(
         TransformersEngine.load,
@@ -113,11 +133,10 @@ def rollout_group(cfg: Config, tokenizer: Any, device: str, note: Callable[[str]
         return (name, load_engine, load), {"threads": threads, "deterministic": cfg.run.deterministic}
 
     return RolloutGroup(
-        cfg.rollout.workers,
+        workers,
         make_args,
         # No CPUs of Ray's count: on a small host the last actor would wait for ever.
         actor_options={"num_cpus": 0},
-        chunk_size=cfg.rollout.chunk_size,
         timeout_s=cfg.rollout.timeout_s,
         max_losses=cfg.rollout.max_worker_losses,
         note=note,

@@ -15,7 +15,7 @@ from pathlib import Path
 from core.config import Config
 from core.faults import INTERRUPTED, TERMINATED, Fault, ProcessFault
 from launch import arguments, run_folder
-from launch.cluster import cores, die_with_parent
+from launch.cluster import EXIT_CODE_FOLDER, cores, die_with_parent
 
 GRACE_S = 8.0  # between the first signal and the killing of what is left
 
@@ -69,24 +69,28 @@ def train(argv: list[str]) -> int:
 
         print(plan(cfg))
         return 0
-    run_folder.refuse_used(cfg)
-    return _launch(argv, cfg)
+    if run_folder.examine(cfg).finished:
+        print(run_folder.farewell(cfg.run.folder, run_folder.read_summary(cfg.run.folder), was_finished=True))
+        return 0
+    return _launch(argv, args, cfg)
 
 
 def accelerate_config(cfg: Config) -> Path:
     """The accelerate file for one process on this machine."""
     gpu = cfg.resources.device != "cpu" and shutil.which("nvidia-smi") is not None
-    return Path(__file__).parent / "accelerate" / ("gpu.yaml" if gpu else "cpu.yaml")
+    return arguments.accelerate_file("gpu" if gpu else "cpu")
 
 
-def _launch(argv: list[str], cfg: Config) -> int:
+def _launch(argv: list[str], args: arguments.TrainArguments, cfg: Config) -> int:
     with tempfile.TemporaryDirectory(prefix="tokenppo-") as scratch:
-        code_file = Path(scratch) / "exit_code"
+        codes = Path(scratch)
         # -P and PYTHONSAFEPATH: a folder `core` or `launch` where the user stands must not be taken for ours.
-        command = [sys.executable, "-P", "-m", "accelerate.commands.launch", "--quiet"]
-        command += ["--config_file", str(accelerate_config(cfg)), "--num_cpu_threads_per_process", str(cores())]
-        command += ["-m", "launch.train", *argv]
-        environment = os.environ | {"PYTHONSAFEPATH": "1", "TOKENPPO_EXIT_CODE_FILE": str(code_file)}
+        command = [sys.executable, "-P", "-m", "launch.accelerate_launch", "--quiet"]
+        command += ["--config_file", args.accelerate or str(accelerate_config(cfg))]
+        if args.num_processes is not None:
+            command += ["--num_processes", str(args.num_processes)]
+        command += ["--num_cpu_threads_per_process", str(cores()), "-m", "launch.train", *argv]
+        environment = os.environ | {"PYTHONSAFEPATH": "1", EXIT_CODE_FOLDER: str(codes)}
         # In a session of its own: Ctrl-C reaches this process alone, which passes it on to the learner.
         signal.signal(signal.SIGTERM, _raise_terminated)
         signal.signal(signal.SIGHUP, _raise_terminated)
@@ -99,9 +103,12 @@ def _launch(argv: list[str], cfg: Config) -> int:
             if child is not None:
                 _stop(child)
             return INTERRUPTED if isinstance(error, KeyboardInterrupt) else TERMINATED
-        if code_file.exists() and (text := code_file.read_text()):
-            return int(text)
-        raise ProcessFault(f"the learner process died without a word (accelerate launch returned {child.returncode})")
+        # A rank that ended because of another one says 143; one that was killed says nothing.
+        said = {file.name: int(file.read_text() or 1) for file in codes.iterdir()}
+        if child.returncode and not (set(said.values()) - {0, TERMINATED}):
+            ended = f", of the others {len(said)} were ended after it" if said else ""
+            raise ProcessFault(f"a learner process died without a word: no memory left, or it was killed{ended}")
+        return next((code for code in said.values() if code not in (0, TERMINATED)), max(said.values(), default=1))
 
 
 def _raise_terminated(signum: int, frame: object) -> None:

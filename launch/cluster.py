@@ -14,6 +14,8 @@ from pathlib import Path
 from core.config import Config
 from core.faults import TERMINATED, ProcessFault, UserError
 
+EXIT_CODE_FOLDER = "TOKENPPO_EXIT_CODES"  # set by `tokenppo train`: accelerate launch turns every failure into a 1
+
 
 def cores() -> int:
     """CPU cores that this process may use."""
@@ -29,14 +31,21 @@ def device(cfg: Config) -> str:
     return "cuda" if cfg.resources.device != "cpu" and torch.cuda.is_available() else "cpu"
 
 
-def thread_plan(cfg: Config) -> tuple[int, int]:
-    """CPU threads of (the learner, each rollout worker).
+def launched() -> tuple[int, int]:
+    """(rank, number) of the learner processes, as the launcher wrote them into the environment."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
-    They work in turn, so both share all cores; more threads than cores would slow each other more than tenfold.
+
+def thread_plan(cfg: Config) -> tuple[int, int]:
+    """CPU threads of (each learner process, each rollout worker).
+
+    Learners and workers work in turn, so both share all cores; more threads than cores would slow each other more than
+    tenfold.
     """
     if cfg.run.deterministic:
         return 1, 1
-    learner = cfg.resources.learner_threads or cores()
+    learners_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    learner = cfg.resources.learner_threads or max(1, cores() // learners_here)
     return learner, cfg.resources.worker_threads or max(1, cores() // cfg.rollout.workers)
 
 
@@ -46,6 +55,9 @@ def prepare_environment() -> None:
     Idle OpenMP threads must sleep: spinning ones steal the cores of the other processes.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    tools = str(Path(sys.executable).parent)  # DeepSpeed compiles with the ninja of this environment
+    if tools not in os.environ.get("PATH", "").split(os.pathsep):
+        os.environ["PATH"] = os.pathsep.join(filter(None, [tools, os.environ.get("PATH")]))
     if shutil.which("nvidia-smi") is None:  # else deepspeed, once imported, says at length that it found no GPU
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what run.deterministic needs on a GPU
@@ -69,8 +81,9 @@ def _private_token() -> None:
 
 
 @contextmanager
-def ray_session(cfg: Config) -> Iterator[None]:
-    """Ray up to the end of the block. Everything started inside dies with it, also if this process is killed."""
+def ray_session(cfg: Config, address: str | None = None) -> Iterator[str]:
+    """Ray up to the end of the block; gives its address. Everything started inside dies with it, also if this process
+    is killed. `address`: of the Ray that another learner process of this run started or joined."""
     import ray
 
     _private_token()
@@ -82,8 +95,9 @@ def ray_session(cfg: Config) -> Iterator[None]:
         "worker_process_setup_hook": "tokenppo.claim_packages",
     }
     try:
-        if cfg.resources.ray_address:
-            ray.init(address=cfg.resources.ray_address, logging_level=logging.WARNING, runtime_env=runtime_env)
+        address = address or cfg.resources.ray_address
+        if address:
+            ray.init(address=address, logging_level=logging.WARNING, runtime_env=runtime_env)
         else:
             ray.init(
                 address="local",
@@ -94,11 +108,11 @@ def ray_session(cfg: Config) -> Iterator[None]:
                 runtime_env=runtime_env,
             )
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-        where = f"resources.ray_address = {cfg.resources.ray_address}" if cfg.resources.ray_address else "this machine"
+        where = f"resources.ray_address = {address}" if cfg.resources.ray_address else address or "this machine"
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ProcessFault(f"Ray did not start on {where}: {reason}") from None
     try:
-        yield
+        yield ray.get_runtime_context().gcs_address
     finally:
         ray.shutdown()
 

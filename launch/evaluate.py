@@ -8,6 +8,7 @@ from core.faults import UserError
 from launch import build, cluster
 from trainer.evaluate import summary_of
 from trainer.loop import evaluate
+from trainer.ranks import Ranks
 
 
 def evaluate_run(run: Path, *, weights: str, data: str | None) -> dict[str, float]:
@@ -28,10 +29,10 @@ def evaluate_run(run: Path, *, weights: str, data: str | None) -> dict[str, floa
     _, held_out = build.prompt_streams(cfg, tokenizer)
     with ExitStack() as stack:
         stack.enter_context(cluster.ray_session(cfg))
-        group = build.rollout_group(cfg, tokenizer, cluster.device(cfg), print)
+        group = build.rollouts(cfg, tokenizer, cluster.device(cfg), print)
         stack.callback(group.close)
         rewards = build.reward_client(cfg, None, print)
         stack.callback(rewards.close)
         rewards.wait_ready()
         group.wait_ready()
-        return summary_of(evaluate(cfg, held_out, group, rewards, version=None))
+        return summary_of(evaluate(cfg, held_out, group, rewards, Ranks(), version=None))

@@ -8,7 +8,7 @@ GIB = 2**30
 
 def plan(cfg: Config) -> str:
     """The plan as text. Checks what a run would check before it starts processes; writes nothing. Raises UserError."""
-    run_folder.refuse_used(cfg)
+    run_folder.examine(cfg)
     build.check_rewards(cfg)
     tokenizer = build.load_tokenizer(cfg.model.path)
     prompts, held_out = build.prompt_streams(cfg, tokenizer)

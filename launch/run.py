@@ -1,29 +1,38 @@
-"""One run from its configuration to `final/`: wires the parts, trains, and ends everything it started."""
+"""One run from its configuration to `final/`: wires the parts, trains, and ends everything it started.
+
+Each learner process runs this. Rank 0 owns the run folder, Ray, the trackers and the terminal; the others join its Ray.
+"""
 
 import json
+import os
+import signal
+import threading
 import time
+import uuid
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from rich.console import Console
 
 from core.config import Config
 from core.faults import UserError, exit_code_of
-from launch import build, cluster, run_folder
+from launch import build, cluster, learners, run_folder
+from launch.exchange import Exchange
 from launch.trackers import Trackers
 from launch.weight_transport import ObjectStoreTransport
-from rollout.group import RolloutGroup
-from trainer.checkpoint import save_pretrained
+from rollout.prompts import PromptStream
+from rollout.shares import Rollouts
+from trainer import checkpoint
+from trainer.checkpoint import Checkpoint, save_pretrained
 from trainer.evaluate import summary_of
 from trainer.learner import Learner
-from trainer.loop import make_probe, train
+from trainer.loop import TrainState, make_probe, train
 from trainer.model import load_causal_lm
+from trainer.ranks import Ranks
 from trainer.run_log import RunLog
 from trainer.weight_sender import WeightPublisher, WeightTransport
 
@@ -34,6 +43,7 @@ PROBE_TOKENS = 64  # of the fixed prompt whose log-probs are compared after each
 class RunResult:
     folder: Path
     summary: dict[str, Any]
+    was_finished: bool = False  # nothing was left to do
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,78 +53,132 @@ class Inline:
     functions: dict[str, Callable] | None = None  # component name -> reward function
     rows: list[dict[str, Any]] | None = None  # instead of what data.path holds; written there for the record
     eval_rows: list[dict[str, Any]] | None = None
-    make_transport: Callable[[RolloutGroup, float], WeightTransport] | None = None  # instead of the object store
+    make_transport: Callable[[Rollouts, float], WeightTransport] | None = None  # instead of the object store
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What every rank has once the launch and the input were found good."""
+
+    cfg: Config
+    inline: Inline
+    accelerator: Accelerator
+    ranks: Ranks
+    console: Console
+    tokenizer: Any
+    prompts: PromptStream
+    held_out: PromptStream | None
+
+    @property
+    def folder(self) -> Path:
+        return self.cfg.run.folder
 
 
 def run(cfg: Config, inline: Inline = Inline()) -> RunResult:
-    """Train as configured, in an unused run folder.
+    """Train as configured: anew, or on from the last checkpoint of the same run in its folder.
 
     Raises:
         Fault: by kind, KeyboardInterrupt on Ctrl-C. Either way summary.json holds the exit code and what was reached,
             and the Ray that was started for this run is gone.
     """
     started = time.perf_counter()
-    run_folder.refuse_used(cfg)
-    build.check_rewards(cfg, inline.functions)
-    tokenizer = build.load_tokenizer(cfg.model.path)
-    prompts, held_out = build.prompt_streams(cfg, tokenizer, inline.rows, inline.eval_rows)
-    build.check_rewards(cfg, inline.functions, prompts.columns)
-    summary: dict[str, Any] = {"eval": {}, "seconds": {}, "steps": 0, "exit": 1}
-    with run_folder.created(cfg) as folder:
+    console = Console()
+    with ExitStack() as stack:
+        accelerator, ranks = learners.join(cfg, stack, console.print)
+        with ranks.together():
+            job = Job(
+                cfg=cfg,
+                inline=inline,
+                accelerator=accelerator,
+                ranks=ranks,
+                console=console,
+                **_read_input(cfg, inline),
+            )
+        with ranks.together():
+            found = run_folder.examine(cfg) if ranks.is_main else None
+        found = ranks.from_main(found)
+        if found.finished:
+            return RunResult(job.folder, run_folder.read_summary(job.folder), was_finished=True)
+        summary: dict[str, Any] = {"eval": {}, "seconds": {}, "steps": 0, "exit": 1, "resumed_from": None}
+        with ranks.together():
+            if ranks.is_main:
+                stack.enter_context(run_folder.opened(cfg))
         try:
-            for path, rows in ((cfg.data.path, inline.rows), (cfg.data.eval_path, inline.eval_rows)):
-                if rows is not None:
-                    run_folder.write_rows(Path(path), rows)
-            with ExitStack() as stack:
-                _train(cfg, inline, stack, folder, tokenizer, prompts, held_out, summary)
+            with ranks.together():
+                if ranks.is_main:
+                    for path, rows in ((cfg.data.path, inline.rows), (cfg.data.eval_path, inline.eval_rows)):
+                        if rows is not None:
+                            run_folder.write_rows(Path(path), rows)
+            with ExitStack() as parts:
+                _train(job, found, parts, summary)
             summary["exit"] = 0
         except BaseException as error:
             summary |= {"exit": exit_code_of(error), "error": f"{type(error).__name__}: {error}".removesuffix(": ")}
             raise
         finally:
             summary["seconds"]["whole_run"] = round(time.perf_counter() - started, 3)
-            run_folder.write_summary(folder, summary)
-    return RunResult(folder, summary)
+            if ranks.is_main:
+                run_folder.write_summary(job.folder, summary)
+        return RunResult(job.folder, summary)
 
 
-def _train(
-    cfg: Config,
-    inline: Inline,
-    stack: ExitStack,
-    folder: Path,
-    tokenizer: Any,
-    prompts: Any,
-    held_out: Any,
-    summary: dict[str, Any],
-) -> None:
+def _read_input(cfg: Config, inline: Inline) -> dict[str, Any]:
+    """Tokenizer and prompts; the rewards are only checked here. Raises UserError."""
+    build.check_rewards(cfg, inline.functions)
+    tokenizer = build.load_tokenizer(cfg.model.path)
+    prompts, held_out = build.prompt_streams(cfg, tokenizer, inline.rows, inline.eval_rows)
+    build.check_rewards(cfg, inline.functions, prompts.columns)
+    return {"tokenizer": tokenizer, "prompts": prompts, "held_out": held_out}
+
+
+def _train(job: Job, found: run_folder.Found, parts: ExitStack, summary: dict[str, Any]) -> None:
+    """Start the parts, train, write `final/`. `parts` ends all that was started, whatever happens."""
     started = time.perf_counter()
-    console = Console()
-    workers = f"{cfg.rollout.workers} rollout worker" + "s" * (cfg.rollout.workers > 1)
-    console.print(f"{folder}: starting Ray, {workers}, a reward server and the learner", soft_wrap=True)
-    stack.enter_context(cluster.ray_session(cfg))
-    # Accelerate keeps the settings of its first user for the whole process: a second run in a notebook has its own.
-    stack.callback(AcceleratorState._reset_state, reset_partial_state=True)
-    accelerator = _accelerator(cfg)
-    stack.callback(accelerator.end_training)
-    # Where a line to the user goes, whole and as it is; the log takes over once it is open.
-    tell = [lambda text: console.print(text, markup=False, soft_wrap=True)]
+    cfg, ranks, folder, console = job.cfg, job.ranks, job.folder, job.console
+    who = "" if ranks.is_main else f"learner rank {ranks.index}: "
+    tell = [lambda text: console.print(who + text, markup=False, soft_wrap=True)]
 
-    def note(text: str) -> None:
+    def note(text: str) -> None:  # the log takes over once it is open
         tell[-1](text)
 
-    group = build.rollout_group(cfg, tokenizer, str(accelerator.device), note)
-    stack.callback(group.close)
-    rewards = build.reward_client(cfg, inline.functions, note)
-    stack.callback(rewards.close)
-    learner = Learner(cfg, accelerator, *(load_causal_lm(cfg.model.path, accelerator.device) for _ in range(2)))
-    reward_server_pid = rewards.wait_ready()
-    group.wait_ready()
-    # For people and tests that want to look at, or kill, a process of this run.
-    (folder / "processes.json").write_text(json.dumps({"reward-server": reward_server_pid} | group.pids))
-    transport = (inline.make_transport or ObjectStoreTransport)(group, cfg.sync.timeout_s)
-    probe = make_probe(held_out or prompts, min(PROBE_TOKENS, cfg.rollout.max_new_tokens))  # fits into any window
-    bucket_bytes = int(cfg.sync.bucket_mb * 2**20)
-    publisher = WeightPublisher(learner, transport, probe, bucket_bytes=bucket_bytes, tolerance=learner.probe_tolerance)
+    with ranks.together():
+        saved = _go_on_from(job, found, note) if ranks.is_main else None
+    saved = ranks.from_main(saved)
+    if ranks.is_main:
+        console.print(f"{folder}: starting Ray, {_parts_in_words(cfg, ranks)}", soft_wrap=True)
+    exchange = _join_ray(job, parts)
+    share = build.shares(cfg, ranks.index, ranks.size)
+    with ranks.together():
+        rollouts = build.rollouts(cfg, job.tokenizer, str(job.accelerator.device), note, share=share, exchange=exchange)
+        parts.callback(rollouts.close)
+        rewards = build.reward_client(cfg, job.inline.functions, note)
+        parts.callback(rewards.close)
+        models = [load_causal_lm(cfg.model.path, job.accelerator.device) for _ in range(2)]
+    learner = Learner(cfg, job.accelerator, *models, ranks)
+    with ranks.together():
+        reward_server_pid = rewards.wait_ready()
+        rollouts.wait_ready()
+    _write_processes(job, {f"reward-server{_of(ranks.index)}": reward_server_pid} | rollouts.pids)
+    if job.inline.make_transport is not None:
+        transport = job.inline.make_transport(rollouts, cfg.sync.timeout_s)
+    else:
+        followers = tuple(range(1, min(ranks.size, cfg.rollout.workers)))
+        transport = ObjectStoreTransport(rollouts, cfg.sync.timeout_s, exchange, followers)
+    publisher = WeightPublisher(
+        learner,
+        transport,
+        make_probe(job.held_out or job.prompts, min(PROBE_TOKENS, cfg.rollout.max_new_tokens)),  # fits into any window
+        bucket_bytes=int(cfg.sync.bucket_mb * 2**20),
+        tolerance=learner.probe_tolerance,
+        drives_workers=bool(share.workers),
+    )
+    state = TrainState.fresh(cfg)
+    if saved is not None:
+        learner.load_state(saved.folder / "learner", step=saved.step)
+        state.restore(saved.state["train"])
+        job.prompts.position = saved.state["prompts"]["position"]
+        summary["eval"] = saved.state["eval"]
+    summary |= {"resumed_from": saved.step if saved else 0 if found.started else None, "steps": learner.step}
     summary["seconds"]["start"] = round(time.perf_counter() - started, 3)
 
     def on_eval(step: int, means: dict[str, float]) -> None:
@@ -123,41 +187,143 @@ def _train(
         best = summary["eval"].get("best")
         if step and (best is None or shown["reward/total"] > best["reward/total"]):
             summary["eval"]["best"] = shown
-            save_pretrained(learner.policy, tokenizer, folder / "best")
+            with ranks.together():
+                if ranks.is_main:
+                    save_pretrained(learner.policy, job.tokenizer, folder / "best")
 
-    trackers = Trackers.open(cfg, folder, ids={}, resumed_from=None, note=note)
-    stack.push(lambda kind, error, trace: trackers.close(exit_code_of(error) if error else 0))
+    def on_step(step: int) -> None:
+        if step % cfg.run.save_every and step != cfg.run.steps:
+            return
+        with log.time("checkpoint"):
+            content = {
+                "ranks": ranks.size,
+                "engine": job.accelerator.distributed_type.value,
+                "train": state.to_json(),
+                "prompts": {"position": job.prompts.position, "fingerprint": job.prompts.fingerprint},
+                "eval": summary["eval"],
+                "trackers": trackers.ids if trackers else {},
+                "config": cfg.model_dump(mode="json"),
+            }
+            checkpoint.save(folder / run_folder.CHECKPOINTS, learner, content, keep=cfg.run.keep_checkpoints)
+
     title = f"{cfg.run.name}: {Path(cfg.model.path).name} on {Path(cfg.data.path).name}"
-    with RunLog(folder, total_steps=cfg.run.steps, trackers=trackers, console=console, title=title) as log:
-        tell.append(log.note)
+    log, trackers = RunLog.silent(), None
+    if ranks.is_main:
+        trackers = Trackers.open(
+            cfg,
+            folder,
+            ids=run_folder.tracker_ids(folder) if found.started else {},
+            resumed_from=summary["resumed_from"],
+            note=note,
+        )
+        run_folder.write_tracker_ids(folder, trackers.ids)
+        parts.push(lambda kind, error, trace: trackers.close(exit_code_of(error) if error else 0))
+        before = {f"eval/{name}": x for name, x in summary["eval"].get("before", {}).items() if name != "step"}
+        log = RunLog(folder, total_steps=cfg.run.steps, trackers=trackers, console=console, title=title, before=before)
+    with log:
+        if ranks.is_main:
+            tell.append(log.note)
         try:
             train(
                 cfg,
                 learner=learner,
-                prompts=prompts,
-                held_out=held_out,
-                rollouts=group,
+                prompts=job.prompts,
+                held_out=job.held_out,
+                rollouts=rollouts,
                 rewards=rewards,
                 publisher=publisher,
                 log=log,
+                state=state,
                 on_eval=on_eval,
+                on_step=on_step,
             )
+        except BaseException:
+            _finish_undisturbed()
+            raise
         finally:
-            tell.pop()
+            del tell[1:]
             summary["steps"] = learner.step
             summary["seconds"] |= {phase: round(spent, 3) for phase, spent in log.seconds.items()}
-    save_pretrained(learner.policy, tokenizer, folder / "final")
+    with ranks.together():
+        if ranks.is_main:
+            save_pretrained(learner.policy, job.tokenizer, folder / "final")
+    if not ranks.is_main:  # Ray is rank 0's: the others leave it first
+        parts.close()
+    ranks.gather(None)
 
 
-def _accelerator(cfg: Config) -> Accelerator:
-    """This process's part in the launch: device, precision, threads. Raises UserError for a launch that cannot work."""
-    torch.manual_seed(cfg.run.seed)
-    torch.set_num_threads(cluster.thread_plan(cfg)[0])
-    torch.use_deterministic_algorithms(cfg.run.deterministic, warn_only=True)
-    accelerator = Accelerator(
-        cpu=cluster.device(cfg) == "cpu",
-        mixed_precision="bf16" if cfg.model.dtype == "bfloat16" else "no",
+def _go_on_from(job: Job, found: run_folder.Found, note: Callable[[str], None]) -> Checkpoint | None:
+    """The checkpoint to go on from, None to begin; what was written after it is taken back. On rank 0."""
+    if not found.started:
+        return None
+    cfg, folder, ranks = job.cfg, job.folder, job.ranks
+    saved = checkpoint.latest(folder / run_folder.CHECKPOINTS, note)
+    if saved is not None:
+        engine = job.accelerator.distributed_type.value
+        was, now = ((saved.state["ranks"], saved.state["engine"]), (ranks.size, engine))
+        if was != now and "DEEPSPEED" in (was[1], now[1]):
+            raise UserError(
+                f"{saved.folder} was written by {was[0]} learner processes as {was[1]}, this launch has {now[0]} as"
+                f" {now[1]}: DeepSpeed reads back only its own shards; launch as before, or give another --run.name"
+            )
+        if saved.state["prompts"]["fingerprint"] != job.prompts.fingerprint:
+            raise UserError(
+                f"data.path = {cfg.data.path}: its prompts are not those that the run in {folder} was begun with; put"
+                " them back, or give another --run.name"
+            )
+    step = saved.step if saved is not None else 0
+    dropped = run_folder.drop_after(folder, step)
+    where = f"going on from step {step}" if saved else "it stopped before its first checkpoint and begins again"
+    note(
+        f"{folder} holds this run: {where}"
+        + (f"; {dropped} later rows of metrics.jsonl are dropped" if dropped else "")
     )
-    if accelerator.num_processes != 1:
-        raise UserError(f"{accelerator.num_processes} learner processes were launched: this version trains with one")
-    return accelerator
+    return saved
+
+
+def _join_ray(job: Job, parts: ExitStack) -> Exchange | None:
+    """Ray on every rank: rank 0 starts it or joins the user's, the others join rank 0's. The exchange between ranks."""
+    cfg, ranks = job.cfg, job.ranks
+    name, address, exchange = None, None, None
+    deadline = cfg.resources.collective_timeout_s
+    with ranks.together():
+        if ranks.is_main:
+            address = parts.enter_context(cluster.ray_session(cfg))
+            if ranks.size > 1:
+                name = f"tokenppo-{uuid.uuid4().hex}"
+                exchange = Exchange.create(name, deadline)
+    if ranks.size == 1:
+        return None
+    name, address = ranks.from_main((name, address))
+    with ranks.together():
+        if not ranks.is_main:
+            parts.enter_context(cluster.ray_session(cfg, address))
+            exchange = Exchange.join(name, deadline)
+    return exchange
+
+
+def _write_processes(job: Job, pids: dict[str, int]) -> None:
+    """processes.json: for people, tests and `tokenppo health`, which look at, or kill, a process of this run."""
+    of_ranks = job.ranks.gather(pids | {f"learner{_of(job.ranks.index)}": os.getpid()})
+    if job.ranks.is_main:
+        merged = {name: pid for pids in of_ranks for name, pid in pids.items()}
+        (job.folder / "processes.json").write_text(json.dumps(merged))
+
+
+def _of(rank: int) -> str:
+    return f"-{rank}" if rank else ""
+
+
+def _parts_in_words(cfg: Config, ranks: Ranks) -> str:
+    def count(n: int, what: str) -> str:
+        return f"{n} {what}{'s' * (n > 1)}"
+
+    learner = "the learner" if ranks.size == 1 else f"{ranks.size} learner processes"
+    server = "a reward server" if ranks.size == 1 else f"{ranks.size} reward servers"
+    return f"{count(cfg.rollout.workers, 'rollout worker')}, {server} and {learner}"
+
+
+def _finish_undisturbed() -> None:
+    """The run is ending: the SIGTERM with which a launcher ends the ranks that are left must not cut that short."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)

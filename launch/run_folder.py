@@ -1,4 +1,4 @@
-"""The folder of a run: config.yaml, metrics.jsonl, summary.json, best/, final/, tensorboard files."""
+"""The folder of a run: config.yaml, metrics.jsonl, summary.json, checkpoints/, best/, final/, files of the trackers."""
 
 import fcntl
 import json
@@ -6,13 +6,18 @@ import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from core.config import Config, to_yaml
+from core.config import Config, load, to_yaml
 from core.faults import UserError
+from trainer import checkpoint
 
-TRACES = ("metrics.jsonl", "best", "final")  # of a run that got somewhere; one that did not start may start again
+CHECKPOINTS = "checkpoints"
+TRACES = ("metrics.jsonl", CHECKPOINTS, "best", "final")  # of a run that got somewhere
+# A run may be given more steps; where its folder is, and whether it may be gone on with, is no part of what it does.
+MAY_CHANGE = ("run.steps", "run.dir", "run.resume")
 
 
 def refuse_missing(cfg: Config) -> None:
@@ -28,25 +33,67 @@ def refuse_missing(cfg: Config) -> None:
             raise UserError(f"rewards.{name}.fn = {spec.fn}: there is no file {file}")
 
 
-def refuse_used(cfg: Config) -> None:
-    """Raise UserError if the run folder holds a run, or cannot be written. Makes nothing."""
+@dataclass(frozen=True)
+class Found:
+    """What a run folder holds, of the run that `cfg` describes."""
+
+    rows: int = 0  # of metrics.jsonl
+    saved: tuple[int, ...] = ()  # steps of the checkpoints, latest first
+    finished: bool = False  # the run ended well, and run.steps asks for no more
+
+    @property
+    def started(self) -> bool:
+        return bool(self.rows or self.saved or self.finished)
+
+
+def examine(cfg: Config) -> Found:
+    """What is there to go on from. Makes nothing, imports nothing heavy.
+
+    Raises UserError if the folder cannot be written, holds another run, or any run where `run.resume` is never.
+    """
     folder = cfg.run.folder
-    # A run that ended before its first step leaves an empty metrics.jsonl; the size of a folder says nothing.
-    used = [n for n in TRACES if (folder / n).is_dir() or ((folder / n).is_file() and (folder / n).stat().st_size > 0)]
-    if used:
-        raise UserError(
-            f"run.name = {cfg.run.name}: {folder} holds a run already ({', '.join(used)});"
-            " give another --run.name, or move that folder away"
-        )
     parent = next(p for p in [folder, *folder.parents] if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise UserError(f"run.dir = {cfg.run.dir}: {parent} cannot be written to; give another --run.dir")
+    # A run that ended before its first step leaves an empty metrics.jsonl; the size of a folder says nothing.
+    used = [n for n in TRACES if (folder / n).is_dir() or ((folder / n).is_file() and (folder / n).stat().st_size > 0)]
+    if not used:
+        return Found()
+    remedy = "give another --run.name, or move that folder away"
+    if cfg.run.resume == "never":
+        raise UserError(
+            f"run.resume = never: {folder} holds a run already ({', '.join(used)}); {remedy}, or go on in it with auto"
+        )
+    saved = tuple(checkpoint.steps_saved(folder / CHECKPOINTS))
+    _refuse_changes(cfg, folder, remedy)
+    if saved and cfg.run.steps < saved[0]:
+        raise UserError(f"run.steps = {cfg.run.steps}: the run in {folder} has done {saved[0]} already; {remedy}")
+    done = (folder / "final").is_dir() and saved[:1] == (cfg.run.steps,) and read_summary(folder).get("exit") == 0
+    return Found(rows=len(read_rows(folder)), saved=saved, finished=done)
+
+
+def _refuse_changes(cfg: Config, folder: Path, remedy: str) -> None:
+    """Raise UserError, a line for each key, where the run in the folder was begun with other settings."""
+    try:
+        begun, now = flat(load(folder / "config.yaml")), flat(cfg)
+    except UserError as error:
+        raise UserError(f"{folder} holds a run whose config.yaml cannot be read ({error}); {remedy}") from None
+    missing = object()
+    changed = [k for k in now | begun if k not in MAY_CHANGE and now.get(k, missing) != begun.get(k, missing)]
+    if changed:
+        lines = [
+            f"{key} = {now.get(key, 'absent')}: the run in {folder} was begun with {begun.get(key, 'nothing there')}"
+            for key in changed
+        ]
+        raise UserError(
+            "\n".join([*lines, f"to go on with it take its settings (only run.steps may grow); else {remedy}"])
+        )
 
 
 @contextmanager
-def created(cfg: Config) -> Iterator[Path]:
+def opened(cfg: Config) -> Iterator[Path]:
     """The run folder with its config.yaml, held against every other run until the end of the block."""
-    refuse_used(cfg)
+    examine(cfg)
     folder = cfg.run.folder
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "config.yaml", "a", encoding="utf-8") as config:
@@ -56,11 +103,40 @@ def created(cfg: Config) -> Iterator[Path]:
             raise UserError(
                 f"run.name = {cfg.run.name}: another run is at work in {folder}; give another name"
             ) from None
-        refuse_used(cfg)
+        examine(cfg)
         config.truncate(0)
         config.write(to_yaml(cfg))
         config.flush()
         yield folder
+
+
+def drop_after(folder: Path, step: int) -> int:
+    """Cut what metrics.jsonl says of later steps, which will happen again; returns how many rows that were."""
+    path, rows = folder / "metrics.jsonl", read_rows(folder)
+    kept = [row for row in rows if row["step"] <= step]
+    text = "".join(json.dumps(row) + "\n" for row in kept)
+    if path.is_file() and path.read_text(encoding="utf-8") != text:
+        _write_whole(path, text)
+    return len(rows) - len(kept)
+
+
+def read_rows(folder: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl; a last line that a kill tore in two is no row."""
+    path, rows = folder / "metrics.jsonl", []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """summary.json; empty where there is none that can be read."""
+    try:
+        return json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -92,6 +168,38 @@ def write_summary(folder: Path, summary: dict[str, Any]) -> None:
             return {key: clean(item) for key, item in value.items()}
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
-    temporary = folder / ".summary.json.new"
-    temporary.write_text(json.dumps(clean(summary), indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(temporary, folder / "summary.json")
+    _write_whole(folder / "summary.json", json.dumps(clean(summary), indent=2, allow_nan=False) + "\n")
+
+
+def tracker_ids(folder: Path) -> dict[str, str]:
+    """Run ids that the trackers of this run have, kept from its start: it may stop before its first checkpoint."""
+    path = folder / "trackers.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def write_tracker_ids(folder: Path, ids: dict[str, str]) -> None:
+    if ids:
+        _write_whole(folder / "trackers.json", json.dumps(ids) + "\n")
+
+
+def _write_whole(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.new")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def farewell(folder: Path, summary: dict[str, Any], *, was_finished: bool = False) -> str:
+    """What is said at the end of a run: its evaluations and where the results are."""
+    evals, lines = summary.get("eval", {}), []
+    for when in ("before", "after", "best"):
+        if when in evals:
+            values = {name: value for name, value in evals[when].items() if value is not None}
+            shown = ", ".join(f"{k} {v:.3g}" for k, v in values.items() if k != "step" and "/" not in k)
+            reward = f"reward {values['reward/total']:.2f}" if "reward/total" in values else ""
+            lines.append(f"{when:>7} (step {evals[when]['step']}): " + ", ".join(filter(None, [reward, shown])))
+    names = [n for n in ("metrics.jsonl", "summary.json", "best", "final") if (folder / n).exists()]
+    lines.append(f"results: {folder} ({', '.join(names)})")
+    if was_finished:
+        lines.insert(0, f"{folder} holds this run, finished after {summary.get('steps')} steps:")
+        lines.append("to train on raise --run.steps; to begin anew give another --run.name")
+    return "\n".join(lines)

@@ -21,11 +21,10 @@ tokenppo.refuse_if_shadowed()
 from core.config import load  # noqa: E402
 from core.faults import TERMINATED, Fault, UserError, exit_code_of  # noqa: E402
 from launch import arguments, cluster, run_folder  # noqa: E402
+from launch.cluster import EXIT_CODE_FOLDER  # noqa: E402
 
 if TYPE_CHECKING:
     from launch.run import RunResult
-
-EXIT_CODE_FILE = "TOKENPPO_EXIT_CODE_FILE"  # set by `tokenppo train`: accelerate launch turns every failure into a 1
 
 
 def main(argv: list[str]) -> int:
@@ -47,7 +46,8 @@ def main(argv: list[str]) -> int:
         from launch.run import run
 
         result = run(cfg)
-        print(_farewell(result))
+        if cluster.launched()[0] == 0:
+            print(run_folder.farewell(result.folder, result.summary, was_finished=result.was_finished))
         return 0
     except (Fault, KeyboardInterrupt, SystemExit) as error:
         _say(error)
@@ -60,20 +60,11 @@ def _terminate(signum: int, frame: object) -> None:
 
 
 def _say(error: BaseException) -> None:
+    if cluster.launched()[0]:  # rank 0 raises what this rank raised, and says it
+        return
     text = str(error) if isinstance(error, Fault) else "stopped before the end; all processes of this run were ended"
     for line in text.splitlines():
         print(f"tokenppo: {line}", file=sys.stderr)
-
-
-def _farewell(result: "RunResult") -> str:
-    evals, lines = result.summary["eval"], []
-    for when in ("before", "after", "best"):
-        if when in evals:
-            shown = ", ".join(f"{k} {v:.3g}" for k, v in evals[when].items() if k != "step" and "/" not in k)
-            reward = f"reward {evals[when]['reward/total']:.2f}"
-            lines.append(f"{when:>7} (step {evals[when]['step']}): " + ", ".join(filter(None, [reward, shown])))
-    names = [n for n in ("metrics.jsonl", "summary.json", "best", "final") if (result.folder / n).exists()]
-    return "\n".join([*lines, f"results: {result.folder} ({', '.join(names)})"])
 
 
 def train_in_process(
@@ -130,15 +121,16 @@ def _name_of(fn: Callable) -> str:
 
 
 if __name__ == "__main__":
-    if EXIT_CODE_FILE in os.environ:
+    codes = os.environ.get(EXIT_CODE_FOLDER)
+    if codes is not None:
         cluster.die_with_parent(os.getppid())
         # Its parent is accelerate launch; where that lost its own before the line above, nobody waits for this process.
-        if not Path(os.environ[EXIT_CODE_FILE]).parent.exists():
+        if not Path(codes).exists():
             sys.exit(TERMINATED)
     code = 1  # of a bug of ours, whose traceback is shown
     try:
         code = main(sys.argv[1:])
     finally:
-        if EXIT_CODE_FILE in os.environ:
-            Path(os.environ[EXIT_CODE_FILE]).write_text(str(code))
+        if codes is not None and Path(codes).exists():
+            (Path(codes) / str(cluster.launched()[0])).write_text(str(code))
     sys.exit(code)

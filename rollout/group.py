@@ -1,7 +1,7 @@
 """RolloutGroup: the driver's side of the rollout workers. Deals out chunks, replaces workers that die or hang.
 
     driver (one thread)                               worker i (one call at a time)
-      generate(requests) --chunk-->                     generate            -> refs, receipt
+      generate(chunks)  --chunk-->                      generate            -> refs, receipt
       wait: any receipt, or the nearest deadline  <---  (dies, hangs, answers)
       yield refs of the chunk that is ready             next chunk
       update_weights --manifest, buckets, probe-->      begin, receive*, commit -> WeightAck
@@ -46,6 +46,7 @@ class _Slot:
     receipt: Any = None  # ObjectRef of what it is doing now: starting (until `ready`) or writing `chunk`
     ready: bool = False
     chunk: list[PromptRequest] = field(default_factory=list)
+    number: int = -1  # of that chunk in the call of `generate`
     result: Any = None  # ObjectRef of the trajectories it is writing
     deadline: float = 0.0
 
@@ -57,25 +58,25 @@ class _Slot:
 class RolloutGroup:
     def __init__(
         self,
-        n_workers: int,
+        workers: list[int],
         make_args: Callable[[str], tuple[tuple, dict]],
         *,
         actor_options: dict[str, Any],
-        chunk_size: int,
         timeout_s: float,
         max_losses: int,
         note: Callable[[str], None],
     ) -> None:
         """
         Args:
+            workers: numbers of the workers in the whole job that this group has.
             make_args: name of a worker -> positional and keyword arguments of its `RolloutWorker`.
             actor_options: Ray's options for each worker (num_cpus, num_gpus).
             note: told in one line of each worker that is lost.
         """
         self._make_args, self._actor_options = make_args, actor_options
-        self._chunk_size, self._timeout_s, self._max_losses, self._note = chunk_size, timeout_s, max_losses, note
+        self._timeout_s, self._max_losses, self._note = timeout_s, max_losses, note
         self._latest: WeightUpdate | None = None
-        self._slots = [_Slot(i) for i in range(n_workers)]
+        self._slots = [_Slot(i) for i in workers]
         self.pids: dict[str, int] = {}
         self.counters: Counter[str] = Counter()
         for slot in self._slots:
@@ -86,14 +87,13 @@ class RolloutGroup:
         while starting := [slot for slot in self._slots if not slot.ready]:
             self._await_any(starting)
 
-    def generate(self, requests: list[PromptRequest]) -> Iterator[Any]:
-        """Yield an ObjectRef of list[Trajectory] for each chunk, as it is finished. Nothing is fetched."""
-        size = self._chunk_size
-        todo = deque(requests[i : i + size] for i in range(0, len(requests), size))
+    def generate(self, chunks: list[list[PromptRequest]]) -> Iterator[tuple[int, Any]]:
+        """Yield (place in `chunks`, ObjectRef of list[Trajectory]) of each as it is finished. Nothing is fetched."""
+        todo = deque(enumerate(chunks))
         while todo or any(slot.chunk for slot in self._slots):
             for slot in self._slots:
                 if todo and slot.ready and not slot.chunk:
-                    self._assign(slot, todo.popleft())
+                    self._assign(slot, *todo.popleft())
             yield from self._await_any([s for s in self._slots if s.receipt is not None], todo)
 
     def update_weights(self, update: WeightUpdate, timeout_s: float) -> int:
@@ -144,13 +144,13 @@ class RolloutGroup:
             slot.actor.receive_bucket.remote(index, bucket)
         return slot.actor.commit_update.remote(update.probe)
 
-    def _assign(self, slot: _Slot, chunk: list[PromptRequest]) -> None:
-        slot.chunk = chunk
+    def _assign(self, slot: _Slot, number: int, chunk: list[PromptRequest]) -> None:
+        slot.number, slot.chunk = number, chunk
         slot.result, slot.receipt = slot.actor.generate.options(num_returns=2).remote(chunk)
         slot.deadline = time.monotonic() + self._timeout_s
 
-    def _await_any(self, slots: list[_Slot], todo: deque | None = None) -> list[Any]:
-        """Wait until one of the slots has news or a deadline passes; returns the refs of chunks that are finished."""
+    def _await_any(self, slots: list[_Slot], todo: deque | None = None) -> list[tuple[int, Any]]:
+        """Wait until one of the slots has news or a deadline passes; returns number and ref of finished chunks."""
         timeout = max(0.0, min(slot.deadline for slot in slots) - time.monotonic())
         done, _ = ray.wait([slot.receipt for slot in slots], num_returns=1, timeout=timeout)
         finished = []
@@ -164,14 +164,14 @@ class RolloutGroup:
                 if slot.chunk:
                     retry = [replace(request, attempt=request.attempt + 1) for request in slot.chunk]
                     self.counters["prompts_redispatched"] += len(retry)
-                    todo.appendleft(retry)
+                    todo.appendleft((slot.number, retry))
                 self._lose(slot, "while it wrote" if slot.chunk else "while it started", error)
                 continue
             except RayTaskError as error:
                 raise self._cause(error, slot) from None
             slot.receipt = None
             if slot.chunk:
-                finished.append(slot.result)
+                finished.append((slot.number, slot.result))
                 slot.chunk, slot.result = [], None
             else:
                 if isinstance(answer, WeightAck):

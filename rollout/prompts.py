@@ -4,6 +4,7 @@
 function of (seed, epoch). So a position is one integer, and any process can compute any prompt.
 """
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,15 @@ class PromptStream:
         ]
         self.run_id, self.seed, self.shuffle, self.position = run_id, seed, shuffle, 0
         self._order: tuple[int, np.ndarray] | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of all prompts and columns: a position means nothing in other prompts."""
+        h = hashlib.blake2b(digest_size=16)
+        for ids, columns in zip(self._prompt_ids, self._columns, strict=True):
+            h.update(ids.tobytes())
+            h.update(json.dumps(columns, sort_keys=True, default=str).encode())
+        return h.hexdigest()
 
     @property
     def columns(self) -> set[str]:

@@ -87,7 +87,7 @@ def many(n: int) -> TrainBatch:
 def test_mini_batches_part_the_batch_anew_in_each_epoch():
     batch = many(24)
     parts = [
-        [index.tolist() for index in batch.mini_batches(4, seed=1, step=s, epoch=e, gather=lambda x: x)]
+        [index.tolist() for index, _ in batch.mini_batches(4, seed=1, step=s, epoch=e, orders=[batch.order])]
         for s, e in ((1, 0), (1, 1), (2, 0), (1, 0))
     ]
     for minis in parts:
@@ -99,15 +99,44 @@ def test_mini_batches_part_the_batch_anew_in_each_epoch():
 def test_membership_is_a_function_of_the_sample_not_of_the_rank():
     whole = many(24)
     want = [
-        {tuple(whole.order[i]) for i in m} for m in whole.mini_batches(4, seed=1, step=1, epoch=0, gather=lambda x: x)
+        {tuple(whole.order[i]) for i in m}
+        for m, _ in whole.mini_batches(4, seed=1, step=1, epoch=0, orders=[whole.order])
     ]
-    halves = [whole.rows(np.arange(24)[rank::2]) for rank in range(2)]
+    # Uneven shards, one of them empty.
+    shards = [whole.rows(rows) for rows in (np.arange(3, 24), np.arange(3))] + [TrainBatch.collate([], ["a"])]
+    orders = [shard.order for shard in shards]
     got: list[set] = [set() for _ in range(4)]
-    for half in halves:
-        minis = half.mini_batches(4, seed=1, step=1, epoch=0, gather=lambda _: whole.order)
-        for members, index in zip(got, minis, strict=True):
-            members |= {tuple(half.order[i]) for i in index}
+    fullest: list[list[int]] = []
+    for rank, shard in enumerate(shards):
+        minis = list(shard.mini_batches(4, seed=1, step=1, epoch=0, orders=orders, rank=rank))
+        for members, (index, _) in zip(got, minis, strict=True):
+            members |= {tuple(shard.order[i]) for i in index}
+        fullest.append([most for _, most in minis])
+        assert all(len(index) <= most for index, most in minis)
     assert got == want
+    assert (
+        fullest[0] == fullest[1] == fullest[2] and sum(fullest[0]) >= 21
+    )  # all ranks know how many rows the most have
+
+
+def test_an_idle_row_has_every_field_of_the_batch_and_no_valid_token():
+    batch = many(4)
+    batch = batch.fill(
+        **{name: torch.ones(batch.response_mask.shape) for name in ("old_logprobs", "values", "advantages", "returns")}
+    )
+    idle = batch.idle()
+    assert len(idle) == 1 and idle.input_ids.shape == (1, 2) and not idle.response_mask.any()
+    assert idle.prompt_lengths.tolist() == [1] and idle.response_lengths.tolist() == [0] and idle.prompt_width == 1
+    for field in dataclasses.fields(batch):
+        assert (getattr(idle, field.name) is None) == (getattr(batch, field.name) is None), field.name
+    micros = list(batch.micro_batches(np.arange(3), 2, 5))
+    assert [len(m) for m in micros] == [2, 1, 1, 1, 1] and [bool(m.response_mask.any()) for m in micros] == [
+        True,
+        True,
+        False,
+        False,
+        False,
+    ]
 
 
 @pytest.mark.parametrize("size", [1, 5, 24])

@@ -63,7 +63,7 @@ def updated(cfg: Config, name: str = "llama-tied") -> tuple[Learner, dict[str, f
     """A learner after one update on the stored batch."""
     it = learner(cfg, name)
     batch, _ = it.annotate(rolled(name, cfg.rollout.temperature))
-    batch = credit(cfg, batch.fill(token_rewards=batch.component_rewards["a"].float()), 0.02, it.all_reduce)
+    batch = credit(cfg, batch.fill(token_rewards=batch.component_rewards["a"].float()), 0.02, it.ranks.sum)
     return it, it.update(batch), batch
 
 
@@ -96,7 +96,7 @@ def test_the_first_ratio_is_1_and_kl_to_the_reference_is_0(name, temperature):
     it = learner(cfg, name)
     batch, means = it.annotate(rolled(name, temperature))
     assert means["objective/kl"] == pytest.approx(0, abs=1e-4) and means["logprob_diff/max"] < 1e-4
-    batch = credit(cfg, batch.fill(token_rewards=batch.component_rewards["a"].float()), 0.02, it.all_reduce)
+    batch = credit(cfg, batch.fill(token_rewards=batch.component_rewards["a"].float()), 0.02, it.ranks.sum)
     stats = it.update(batch)  # one mini-batch, so these are the numbers before any step
     assert stats["ppo/ratio_mean"] == pytest.approx(1, abs=1e-4) and abs(stats["ppo/approx_kl"]) < 1e-4
 
@@ -115,7 +115,7 @@ def test_old_logprobs_of_another_policy_stop_the_first_mini_batch():
     cfg = configured()
     it = learner(cfg)
     batch, _ = it.annotate(rolled())
-    batch = credit(cfg, batch.fill(token_rewards=batch.component_rewards["a"].float()), 0.02, it.all_reduce)
+    batch = credit(cfg, batch.fill(token_rewards=batch.component_rewards["a"].float()), 0.02, it.ranks.sum)
     with torch.no_grad():
         it.policy.lm.get_output_embeddings().weight.mul_(1.1)
     with pytest.raises(InvariantFault, match="ratio of the first mini-batch is off 1"):
@@ -127,7 +127,7 @@ def test_a_loss_that_is_no_number_stops_before_the_weights_change(stream):
     cfg = configured()
     it = learner(cfg)
     batch, _ = it.annotate(rolled())
-    batch = credit(cfg, batch.fill(token_rewards=batch.component_rewards["a"].float()), 0.02, it.all_reduce)
+    batch = credit(cfg, batch.fill(token_rewards=batch.component_rewards["a"].float()), 0.02, it.ranks.sum)
     getattr(batch, stream)[0, 0] = torch.nan
     before = {n: x.clone() for n, x in it.export_weights().items()}
     with pytest.raises(InvariantFault, match="loss is nan"):
@@ -166,6 +166,19 @@ def test_the_learning_rate_falls_to_0_over_the_optimizer_steps_of_the_run():
     assert [it._lr_factor(s) for s in (0, 4, 8)] == [1.0, 0.5, 0.0]
     warm = learner(configured(**{"run.steps": 10, "optim.warmup_frac": 0.5, "optim.schedule": "constant"}))
     assert [warm._lr_factor(s) for s in (0, 2, 5, 9)] == [pytest.approx(x) for x in (1 / 6, 3 / 6, 1.0, 1.0)]
+
+
+def test_the_optimizer_steps_with_that_rate():
+    """Accelerate puts new groups into the optimizer: a rate that is written into the old ones moves nothing."""
+    moved = []
+    for warmup in (0.0, 0.99):
+        cfg = configured(**{"run.steps": 100, "optim.warmup_frac": warmup, "optim.schedule": "constant"})
+        it = learner(cfg)
+        before = {n: x.clone() for n, x in it.export_weights().items()}
+        batch, _ = it.annotate(rolled())
+        it.update(credit(cfg, batch.fill(token_rewards=batch.component_rewards["a"].float()), 0.02, it.ranks.sum))
+        moved.append(max(float((x - before[n]).abs().max()) for n, x in it.export_weights().items()))
+    assert moved[1] == pytest.approx(moved[0] / 100, rel=0.02)  # AdamW's first step is as long as the rate
 
 
 def test_reference_never_moves():

@@ -287,8 +287,8 @@ def test_a_note_is_one_harmless_line_on_any_terminal(tmp_path):
 def test_a_terminal_without_block_characters_or_cursor_gets_plain_lines(tmp_path):
     dumb = Console(file=io.StringIO(), force_terminal=True, _environ={"TERM": "dumb"})
     ascii_only = Console(file=io.TextIOWrapper(io.BytesIO(), encoding="ascii"), force_terminal=True, _environ={})
-    for console in (dumb, ascii_only):
-        with RunLog(tmp_path, total_steps=1, trackers=None, console=console) as log:
+    for name, console in (("dumb", dumb), ("ascii", ascii_only)):
+        with RunLog(tmp_path / name, total_steps=1, trackers=None, console=console) as log:
             log.step(1, a_row(("qualité",)))
         assert "step 1/1  reward   2.41" in printed(console)
         assert "╭" not in printed(console)

@@ -24,6 +24,7 @@ import json, os, signal, sys, time
 from pathlib import Path
 from accelerate import PartialState
 from core.config import Config
+from launch import run_folder
 from launch import trackers as module
 from launch.trackers import Trackers
 from trainer.run_log import RunLog
@@ -38,6 +39,8 @@ trackers = Trackers.open(
     cfg, folder, ids=job.get("ids", {}), resumed_from=job.get("resumed_from"), note=lambda text: print("note:", text)
 )
 print("ids:", json.dumps(trackers.ids))
+if job.get("resumed_from") is not None:
+    run_folder.drop_after(folder, job["resumed_from"])
 with RunLog(folder, total_steps=9, trackers=trackers) as log:
     log.baseline({"eval/reward/total": 9.0})
     for step in job["steps"]:

@@ -11,6 +11,7 @@ from core.faults import InvariantFault
 from core.weights import Probe, WeightAck, make_manifest, named_tensors, pack
 from rollout.engines.transformers_engine import TransformersEngine
 from rollout.weight_receiver import WeightReceiver
+from trainer.ranks import Ranks
 from trainer.weight_sender import WeightPublisher
 
 
@@ -144,6 +145,9 @@ class Transport:
     def send(self, index, bucket):
         self.receiver.receive(index, bucket)
 
+    def offer(self):
+        pass
+
     def commit(self, probe, verify):
         digest = self.receiver.commit() if self.deliver else self.manifest.digest
         logprobs = self.engine.logprobs(probe.prompt_ids, probe.response_ids)
@@ -156,6 +160,8 @@ class Transport:
 
 
 class Sender:
+    ranks = Ranks()
+
     def __init__(self, model: torch.nn.Module) -> None:
         self.engine = TransformersEngine(model, (0,), temperature=1.0, max_new_tokens=1)
 

@@ -5,7 +5,8 @@ responses on the right, so that response token t stands in column P + t of every
 """
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -51,16 +52,19 @@ class TrainBatch:
         return len(self.input_ids)
 
     @classmethod
-    def collate(cls, trajectories: list[Trajectory]) -> "TrainBatch":
-        """Pad to common widths. Rows are sorted by (ordinal, k), whatever the order of arrival."""
+    def collate(cls, trajectories: list[Trajectory], components: Iterable[str] | None = None) -> "TrainBatch":
+        """Pad to common widths. Rows are sorted by (ordinal, k), whatever the order of arrival; there may be none.
+
+        `components`: names of the rewards that every trajectory has; needed where there may be no trajectory.
+        """
         trajectories = sorted(trajectories, key=lambda t: t.order)
         for t in trajectories:
             assert t.finish_reason != "abort", f"sample {t.request.sample_uid} was aborted and must not be trained on"
-        p = max(len(t.request.prompt_ids) for t in trajectories)
-        width = max(len(t) for t in trajectories)
+        p = max((len(t.request.prompt_ids) for t in trajectories), default=1)
+        width = max((len(t) for t in trajectories), default=1)
 
-        def right(arrays: list[np.ndarray]) -> Tensor:
-            out = np.zeros((len(arrays), width), dtype=arrays[0].dtype)
+        def right(arrays: list[np.ndarray], dtype: type) -> Tensor:
+            out = np.zeros((len(arrays), width), dtype=dtype)
             for row, array in zip(out, arrays, strict=True):
                 row[: len(array)] = array
             return torch.from_numpy(out)
@@ -68,19 +72,38 @@ class TrainBatch:
         prompts = np.zeros((len(trajectories), p), dtype=np.int64)
         for row, t in zip(prompts, trajectories, strict=True):
             row[p - len(t.request.prompt_ids) :] = t.request.prompt_ids
-        names = trajectories[0].component_rewards
+        components = list(trajectories[0].component_rewards if components is None else components)
+        rewards = {n: [t.component_rewards[n] for t in trajectories] for n in components}
+        masks = {n: [t.component_mask[n] for t in trajectories] for n in components}
         return cls(
-            order=np.array([t.order for t in trajectories], dtype=np.int64),
-            input_ids=torch.cat([torch.from_numpy(prompts), right([t.response_ids for t in trajectories])], dim=1),
-            prompt_lengths=torch.tensor([len(t.request.prompt_ids) for t in trajectories]),
-            response_lengths=torch.tensor([len(t) for t in trajectories]),
-            response_mask=right([t.action_mask for t in trajectories]),
-            cut=torch.tensor([t.finish_reason == "length" for t in trajectories]),
-            rollout_logprobs=right([t.rollout_logprobs for t in trajectories]),
-            policy_version=right([t.policy_version for t in trajectories]),
-            component_rewards={n: right([t.component_rewards[n] for t in trajectories]) for n in names},
-            component_mask={n: right([t.component_mask[n] for t in trajectories]) for n in names},
+            order=np.array([t.order for t in trajectories], dtype=np.int64).reshape(-1, 2),
+            input_ids=torch.cat(
+                [torch.from_numpy(prompts), right([t.response_ids for t in trajectories], np.int64)], dim=1
+            ),
+            prompt_lengths=torch.tensor([len(t.request.prompt_ids) for t in trajectories], dtype=torch.int64),
+            response_lengths=torch.tensor([len(t) for t in trajectories], dtype=torch.int64),
+            response_mask=right([t.action_mask for t in trajectories], np.bool_),
+            cut=torch.tensor([t.finish_reason == "length" for t in trajectories], dtype=torch.bool),
+            rollout_logprobs=right([t.rollout_logprobs for t in trajectories], np.float32),
+            policy_version=right([t.policy_version for t in trajectories], np.int64),
+            component_rewards={n: right(arrays, np.float64) for n, arrays in rewards.items()},
+            component_mask={n: right(arrays, np.bool_) for n, arrays in masks.items()},
         )
+
+    def idle(self) -> "TrainBatch":
+        """One row of one prompt token and no valid response token: what a rank without rows passes through the model,
+        so that it meets the others in the collectives of the engine. It weighs nothing in any loss."""
+
+        def blank(x: object) -> object:
+            if isinstance(x, dict):
+                return {key: blank(value) for key, value in x.items()}
+            if isinstance(x, Tensor):
+                return torch.zeros((1, 1) if x.ndim == 2 else 1, dtype=x.dtype, device=x.device)
+            return x[:0] if isinstance(x, np.ndarray) else x
+
+        row = replace(self, **{f.name: blank(getattr(self, f.name)) for f in fields(self)})
+        ids = torch.zeros((1, 2), dtype=self.input_ids.dtype, device=self.input_ids.device)
+        return replace(row, input_ids=ids, prompt_lengths=torch.ones_like(row.prompt_lengths))
 
     def fill(self, **tensors: Tensor) -> "TrainBatch":
         """The batch with further streams; each may be written once."""
@@ -119,30 +142,47 @@ class TrainBatch:
         return replace(self, **moved)
 
     def mini_batches(
-        self, n_mini: int, *, seed: int, step: int, epoch: int, gather: Callable[[np.ndarray], np.ndarray]
-    ) -> Iterator[np.ndarray]:
-        """Row indices of this rank in each mini-batch.
+        self, n_mini: int, *, seed: int, step: int, epoch: int, orders: list[np.ndarray], rank: int = 0
+    ) -> Iterator[tuple[np.ndarray, int]]:
+        """Row indices of this rank in each mini-batch, and how many rows the fullest rank has in it.
 
         Membership is a function of (seed, step, epoch, ordinal, k) alone: a hash sorts all samples of all ranks, and
         the sorted list is cut into `n_mini` parts of equal size.
 
         Args:
-            gather: [B, 2] orders of this rank -> [all, 2] orders of every rank.
+            orders: `order` ([B, 2]) of every rank.
+            rank: which of them is this one.
         """
 
-        def key(order: np.ndarray) -> bytes:
-            text = f"{seed}/{step}/{epoch}/{order[0]}/{order[1]}"
+        def key(sample: tuple[int, int, int, int]) -> bytes:
+            text = f"{seed}/{step}/{epoch}/{sample[0]}/{sample[1]}"
             return hashlib.blake2b(text.encode(), digest_size=8).digest()
 
-        everyone = sorted(map(tuple, gather(self.order).tolist()), key=key)
-        mine = {tuple(order): row for row, order in enumerate(self.order.tolist())}
+        everyone = sorted(
+            (
+                (*order, owner, row)
+                for owner, of_rank in enumerate(orders)
+                for row, order in enumerate(of_rank.tolist())
+            ),
+            key=key,
+        )
         for part in np.array_split(np.arange(len(everyone)), n_mini):
-            members = [mine[everyone[i]] for i in part if everyone[i] in mine]
-            yield np.array(members, dtype=np.int64)
+            members = [everyone[i][2:] for i in part]
+            most = max(Counter(owner for owner, _ in members).values(), default=0)
+            yield np.array([row for owner, row in members if owner == rank], dtype=np.int64), most
 
-    def micro_batches(self, index: np.ndarray, size: int) -> Iterator["TrainBatch"]:
-        """The rows of `index` in pieces of at most `size`, longest together, so that little is padding."""
+    def micro_batches(self, index: np.ndarray, size: int, n: int | None = None) -> Iterator["TrainBatch"]:
+        """The rows of `index` in pieces of at most `size`, longest together, so that little is padding.
+
+        `n`: how many pieces there must be, at least those; the rest are `idle`.
+        """
+        for piece in self.pieces(index, size):
+            yield self.rows(piece)
+        for _ in range((n or 0) - -(-len(index) // size)):
+            yield self.idle()
+
+    def pieces(self, index: np.ndarray, size: int) -> Iterator[np.ndarray]:
+        """`index` by falling length of its rows, in pieces of at most `size`."""
         lengths = (self.prompt_lengths + self.response_lengths)[torch.from_numpy(index)].numpy()
         by_length = index[np.argsort(-lengths, kind="stable")]
-        for start in range(0, len(index), size):
-            yield self.rows(by_length[start : start + size])
+        return (by_length[start : start + size] for start in range(0, len(index), size))

@@ -1,29 +1,156 @@
-"""Weights on disk, in folders that `from_pretrained` loads: the causal LM, its tokenizer, and the value head beside."""
+"""What a run leaves on disk: folders for `from_pretrained`, and checkpoints from which it goes on.
 
+    checkpoints/step-20/
+        learner/         what Accelerate saves of the engine: parameters, AdamW, RNG; with DeepSpeed a file per rank
+        state.json       everything else that the next step depends on
+        manifest.json    size and digest of each file above, written last
+
+Every folder is made under another name, flushed and renamed: it is whole or absent. No torch here before it is needed.
+"""
+
+import hashlib
+import json
 import os
 import shutil
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from safetensors.torch import save_file
+from core.faults import StorageFault
 
-from trainer.model import PolicyWithValueHead
+if TYPE_CHECKING:
+    from trainer.learner import Learner
+    from trainer.model import PolicyWithValueHead
 
 VALUE_HEAD_FILE = "value_head.safetensors"
+FORMAT = 1  # of state.json
 
 
-def save_pretrained(policy: PolicyWithValueHead, tokenizer: Any, folder: Path) -> None:
-    """Write the folder anew, whole or not at all: it is made beside its place and renamed into it."""
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole checkpoint on disk."""
+
+    folder: Path
+    state: dict[str, Any]  # state.json
+
+    @property
+    def step(self) -> int:
+        return self.state["step"]
+
+
+def steps_saved(folder: Path) -> list[int]:
+    """Steps of the checkpoints in a folder of checkpoints, latest first; whole or damaged."""
+    found = [p.name.removeprefix("step-") for p in folder.glob("step-*") if (p / "manifest.json").is_file()]
+    return sorted((int(step) for step in found if step.isdigit()), reverse=True)
+
+
+def latest(folder: Path, note: Callable[[str], None]) -> Checkpoint | None:
+    """The latest whole checkpoint; a damaged one is named in a note and passed over. None where there is none.
+
+    Raises StorageFault where there are checkpoints and all are damaged.
+    """
+    steps = steps_saved(folder)
+    for step in steps:
+        place = folder / f"step-{step}"
+        if (damage := damage_of(place)) is None:
+            return Checkpoint(place, json.loads((place / "state.json").read_text(encoding="utf-8")))
+        note(f"warning: the checkpoint {place} is damaged ({damage}); the one before it is used")
+    if steps:
+        raise StorageFault(f"{folder}: all {len(steps)} checkpoints are damaged; start under another --run.name")
+    return None
+
+
+def damage_of(place: Path) -> str | None:
+    """What is wrong with a checkpoint, by its manifest: a flipped bit would load without a word. None: it is whole."""
+    try:
+        manifest = json.loads((place / "manifest.json").read_text(encoding="utf-8"))
+        for name, (size, digest) in manifest.items():
+            file = place / name
+            if not file.is_file():
+                return f"{name} is missing"
+            if file.stat().st_size != size:
+                return f"{name} has {file.stat().st_size} bytes of {size}"
+            if _digest(file) != digest:
+                return f"{name} holds other bytes than were written"
+    except (OSError, ValueError) as error:
+        return f"manifest.json cannot be read: {error}"
+    return None if "state.json" in manifest else "state.json is missing"
+
+
+def save(folder: Path, learner: "Learner", state: dict[str, Any], *, keep: int) -> None:
+    """Write checkpoint `step-<learner.step>` of `folder`, then delete all but the last `keep`. All ranks call it.
+
+    Raises StorageFault where the disk does not take it; the checkpoints before it are untouched.
+    """
+    place, fresh = folder / f"step-{learner.step}", folder / f".step-{learner.step}.new"
+    with learner.ranks.together(), _storage(folder):
+        if learner.ranks.is_main:
+            shutil.rmtree(fresh, ignore_errors=True)
+            fresh.mkdir(parents=True)
+    with learner.ranks.together(), _storage(folder):
+        learner.save_state(fresh / "learner")
+    with learner.ranks.together(), _storage(folder):
+        if learner.ranks.is_main:
+            state = {"format": FORMAT, "step": learner.step, **state}
+            (fresh / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+            files = sorted(p for p in fresh.rglob("*") if p.is_file())
+            manifest = {str(p.relative_to(fresh)): (p.stat().st_size, _digest(p)) for p in files}
+            (fresh / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+            _flush(fresh)
+            if place.exists():
+                shutil.rmtree(place)
+            os.replace(fresh, place)
+            _flush(folder, deep=False)
+            for step in steps_saved(folder)[keep:]:
+                shutil.rmtree(folder / f"step-{step}")
+
+
+@contextmanager
+def _storage(folder: Path):
+    try:
+        yield
+    except OSError as error:
+        raise StorageFault(
+            f"{folder}: a checkpoint could not be written ({error}); make room and start the same command again"
+        ) from None
+    except RuntimeError as error:  # torch's writer has its own words for a full disk
+        if "PytorchStreamWriter" in str(error) or "write" in str(error):
+            raise StorageFault(f"{folder}: a checkpoint could not be written ({str(error).splitlines()[0]})") from None
+        raise
+
+
+def _digest(file: Path) -> str:
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def _flush(folder: Path, *, deep: bool = True) -> None:
+    """Have the disk take everything in a folder, and the folder's own list of names."""
+    for path in (*(folder.rglob("*") if deep else ()), folder):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def save_pretrained(policy: "PolicyWithValueHead", tokenizer: Any, folder: Path) -> None:
+    """The causal LM, its tokenizer and the value head beside, as `from_pretrained` loads them; whole or not at all."""
+    from safetensors.torch import save_file
+
     fresh, old = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
-    for leftover in (fresh, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    fresh.mkdir(parents=True)
-    policy.lm.save_pretrained(fresh)
-    tokenizer.save_pretrained(fresh)
-    save_file({name: x.contiguous() for name, x in policy.value_head.state_dict().items()}, fresh / VALUE_HEAD_FILE)
-    for file in fresh.iterdir():  # safetensors leaves 0600, which a colleague's job could not read
-        file.chmod(0o644)
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(fresh, folder)
-    shutil.rmtree(old, ignore_errors=True)
+    with _storage(folder):
+        for leftover in (fresh, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+        fresh.mkdir(parents=True)
+        policy.lm.save_pretrained(fresh)
+        tokenizer.save_pretrained(fresh)
+        save_file({name: x.contiguous() for name, x in policy.value_head.state_dict().items()}, fresh / VALUE_HEAD_FILE)
+        for file in fresh.iterdir():  # safetensors leaves 0600, which a colleague's job could not read
+            file.chmod(0o644)
+        if folder.exists():
+            os.replace(folder, old)
+        os.replace(fresh, folder)
+        shutil.rmtree(old, ignore_errors=True)

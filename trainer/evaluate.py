@@ -5,26 +5,24 @@ from core.metrics import Sums
 from core.trajectory import Trajectory
 
 
-def evaluation_means(trajectories: list[Trajectory], components: dict[str, RewardConfig]) -> dict[str, float]:
-    """Means per response over an evaluation, under names of core/metrics.py with `eval/` before them.
+def evaluation_sums(trajectories: list[Trajectory], components: dict[str, RewardConfig]) -> Sums:
+    """Sums over the responses of an evaluation, under names of core/metrics.py with `eval/` before them.
 
     A component of weight 0 is a metric of its own (`eval/slot_error`); the others are `eval/reward/<name>/raw`, and
     `eval/reward/total` is their weighted sum as configured, without normalisers: one yardstick for the whole run.
     A component that does not apply to a response (None) does not count in its own mean.
     """
-    sums = Sums()
-    for t in trajectories:
-        total = 0.0
-        for name, spec in components.items():
-            raw = float(t.component_rewards[name].sum())
-            total += spec.weight * raw
-            applies = bool(t.component_mask[name].any())
-            key = f"eval/reward/{name}/raw" if spec.weight else f"eval/{name}"
-            sums.add(key, raw, 1.0 if applies else 0.0)
-        sums.add("eval/reward/total", total, 1)
-        sums.add("eval/response/length_mean", len(t), 1)
-        sums.add("eval/response/truncated_frac", float(t.finish_reason == "length"), 1)
-    return sums.means()
+    sums, n = Sums(), len(trajectories)
+    total = 0.0
+    for name, spec in components.items():
+        raw = [float(t.component_rewards[name].sum()) for t in trajectories]
+        total += spec.weight * sum(raw)
+        applied = sum(bool(t.component_mask[name].any()) for t in trajectories)
+        sums.add(f"eval/reward/{name}/raw" if spec.weight else f"eval/{name}", sum(raw), applied)
+    sums.add("eval/reward/total", total, n)
+    sums.add("eval/response/length_mean", sum(len(t) for t in trajectories), n)
+    sums.add("eval/response/truncated_frac", sum(t.finish_reason == "length" for t in trajectories), n)
+    return sums
 
 
 def summary_of(means: dict[str, float]) -> dict[str, float]:

@@ -7,24 +7,29 @@ The denominator of both losses is the number of valid tokens of the whole optimi
 ranks; DDP and DeepSpeed average gradients over ranks, so each micro-loss is multiplied by the number of ranks.
 """
 
+import hashlib
+import logging
 import math
 from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import DistributedType
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from core.config import Config
-from core.faults import InvariantFault
+from core.faults import InvariantFault, UserError
 from core.logprobs import logprobs_from_logits
 from core.metrics import Sums
 from core.weights import Probe, named_tensors
 from trainer import ppo
 from trainer.batch import TrainBatch
 from trainer.model import CausalForward, PolicyWithValueHead, run_policy
+from trainer.ranks import Ranks
 
 # Limits of numbers that must be equal, by the dtype of the forward passes. fp32: the difference of rollout and learner
 # reached 1.7e-5 in healthy runs, a broken sync shows 0.2 and more. bf16: eight bits of mantissa.
@@ -35,23 +40,46 @@ TOLERANCES = {
 
 
 class Learner:
-    def __init__(self, cfg: Config, accelerator: Accelerator, lm: PreTrainedModel, ref_lm: PreTrainedModel) -> None:
-        """`lm` is trained, `ref_lm` (the same weights) is frozen."""
-        self.cfg, self._accelerator = cfg, accelerator
+    def __init__(
+        self,
+        cfg: Config,
+        accelerator: Accelerator,
+        lm: PreTrainedModel,
+        ref_lm: PreTrainedModel,
+        ranks: Ranks | None = None,
+    ) -> None:
+        """`lm` is trained, `ref_lm` (the same weights) is frozen. `ranks`: the processes of the job; None for one.
+
+        Raises UserError for a launch in which the gradients of several processes would not be reduced.
+        """
+        self.cfg, self._accelerator, self.ranks = cfg, accelerator, ranks or Ranks()
         self.device = accelerator.device
         self._limits = TOLERANCES[cfg.model.dtype]
-        self.policy = PolicyWithValueHead(lm).eval()  # eval for good: dropout would move the ratios off 1
-        self._ref = CausalForward(ref_lm.to(self.device).eval().requires_grad_(False))
+        dtype = getattr(torch, cfg.model.dtype)
+        self.policy = PolicyWithValueHead(lm, dtype).eval()  # eval for good: dropout would move the ratios off 1
+        self._ref = CausalForward(ref_lm.to(self.device).eval().requires_grad_(False), dtype)
         optim = cfg.optim
-        self._optimizer = torch.optim.AdamW(
+        adamw = torch.optim.AdamW(
             self.policy.parameters(), lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay
         )
-        self._engine, self._optimizer = accelerator.prepare(self.policy, self._optimizer)
+        self._sharded = accelerator.distributed_type == DistributedType.DEEPSPEED
+        if self._sharded:
+            accelerator.state.deepspeed_plugin.deepspeed_config.update(
+                train_micro_batch_size_per_gpu=cfg.ppo.micro_batch_size,
+                train_batch_size=cfg.ppo.micro_batch_size * self.ranks.size,
+                gradient_clipping=optim.max_grad_norm,
+            )
+        self._engine, self._optimizer = accelerator.prepare(self.policy, adamw)
+        if self.ranks.size > 1 and self._engine is self.policy:
+            raise UserError(
+                f"{self.ranks.size} learner processes were launched as {accelerator.distributed_type.value}: each would"
+                " train on its own and never reduce gradients; use launch/accelerate/ddp.yaml or zero2.yaml"
+            )
         self._engine.eval()
-        # Not prepared: Accelerate would step it once per rank.
-        self._scheduler = torch.optim.lr_scheduler.LambdaLR(self._optimizer.optimizer, self._lr_factor)
         self._last_lr = 0.0
+        self._ranks_agree = self.ranks.size == 1  # equal parameters after a first step of this process were seen
         self.step = 0  # PPO updates that are done
+        self._optimizer_steps = 0  # that are done
 
     def _lr_factor(self, optimizer_step: int) -> float:
         total, optim = self.cfg.optimizer_steps, self.cfg.optim
@@ -62,13 +90,6 @@ class Learner:
         return {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}[
             optim.schedule
         ]
-
-    def all_reduce(self, sums: Tensor) -> Tensor:
-        """Sum a vector over all ranks."""
-        return self._accelerator.reduce(sums.to(self.device), reduction="sum").to(sums.device)
-
-    def _gather_orders(self, order: np.ndarray) -> np.ndarray:
-        return np.array(gather_object(order.tolist()), dtype=np.int64)
 
     @torch.no_grad()
     def annotate(self, batch: TrainBatch) -> tuple[TrainBatch, dict[str, float]]:
@@ -81,13 +102,14 @@ class Learner:
         shape = batch.response_mask.shape
         old, ref, values = (torch.zeros(shape) for _ in range(3))
         entropy, after = torch.zeros(shape), torch.zeros(shape[0])
-        for rows in self._pieces(batch):
-            micro = batch.rows(rows).to(self.device)
+        for rows, micro in self._equal_pieces(batch):
+            micro = micro.to(self.device)
             t = micro.response_mask.shape[1]
             out = run_policy(self._engine, micro, self.cfg.rollout.temperature, with_entropy=True)
-            with self._accelerator.autocast():
-                logits, _ = self._ref(micro.input_ids, micro.prompt_lengths, micro.response_lengths, t)
-                ref_logprobs = logprobs_from_logits(logits, micro.input_ids[:, -t:], self.cfg.rollout.temperature)
+            if rows is None:
+                continue
+            logits, _ = self._ref(micro.input_ids, micro.prompt_lengths, micro.response_lengths, t)
+            ref_logprobs = logprobs_from_logits(logits, micro.input_ids[:, -t:], self.cfg.rollout.temperature)
             at = torch.from_numpy(rows)
             old[at, :t], ref[at, :t] = out.logprobs.float().cpu(), ref_logprobs.float().cpu()
             values[at, :t], entropy[at, :t] = out.values[:, :-1].float().cpu(), out.entropy.float().cpu()
@@ -98,11 +120,15 @@ class Learner:
         filled = batch.fill(old_logprobs=old, ref_logprobs=ref, values=values, bootstrap_values=bootstrap)
         return filled, self._compare(filled, entropy)
 
-    def _pieces(self, batch: TrainBatch) -> Iterator[np.ndarray]:
-        lengths = (batch.prompt_lengths + batch.response_lengths).numpy()
-        by_length = np.argsort(-lengths, kind="stable")
+    def _equal_pieces(self, batch: TrainBatch) -> Iterator[tuple[np.ndarray | None, TrainBatch]]:
+        """Micro-batches of all rows, as many on every rank: a forward of a wrapped engine may be a collective."""
         size = self.cfg.ppo.micro_batch_size
-        return (by_length[start : start + size] for start in range(0, len(by_length), size))
+        pieces = list(batch.pieces(np.arange(len(batch)), size))
+        most = int(self.ranks.max(len(pieces)))  # before the first forward: nobody may wait here while another forwards
+        for rows in pieces:
+            yield rows, batch.rows(rows)
+        for _ in range(most - len(pieces)):
+            yield None, batch.idle()
 
     def _compare(self, batch: TrainBatch, entropy: Tensor) -> dict[str, float]:
         mask, sums = batch.response_mask, Sums()
@@ -112,8 +138,8 @@ class Learner:
         sums.add("objective/kl", float(kl.sum()), len(batch))
         sums.add("objective/entropy", float(entropy.sum()), n_tokens)
         sums.add("logprob_diff/mean", float(difference.sum()), n_tokens)
-        means = sums.merge(self.reduce_list).means()
-        means["logprob_diff/max"] = self._max(float(difference.max()))
+        means = sums.merge(self.ranks.sum_list).means()
+        means["logprob_diff/max"] = self.ranks.max(_largest(difference))
         if self.cfg.run.checks:
             for name in ("mean", "max"):
                 value, limit = means[f"logprob_diff/{name}"], self._limits[f"logprob_{name}"]
@@ -124,7 +150,7 @@ class Learner:
                         " distribution than the one that is trained"
                     )
             if self.step == 0:
-                worst = self._max(float(kl.abs().max()))
+                worst = self.ranks.max(_largest(kl.abs()))
                 if not worst <= self._limits["ratio"]:
                     raise InvariantFault(
                         f"before the first update policy and reference differ by {worst:.2g} nats on a token"
@@ -141,43 +167,78 @@ class Learner:
         """
         cfg, sums, norms = self.cfg.ppo, Sums(), []
         n_mini = self.cfg.rollout.batch_size // cfg.mini_batch_size
+        orders = self.ranks.gather(batch.order)
         for epoch in range(cfg.ppo_epochs):
             minis = batch.mini_batches(
-                n_mini, seed=self.cfg.run.seed, step=self.step + 1, epoch=epoch, gather=self._gather_orders
+                n_mini,
+                seed=self.cfg.run.seed,
+                step=self.step + 1,
+                epoch=epoch,
+                orders=orders,
+                rank=self.ranks.index,
             )
-            for index, rows in enumerate(minis):
-                norms.append(self._optimizer_step(batch, rows, sums, first=epoch == index == 0))
+            for index, (rows, most) in enumerate(minis):
+                norms.append(self._optimizer_step(batch, rows, most, sums, first=epoch == index == 0))
+        if self.cfg.run.checks and not self._ranks_agree:
+            self._compare_ranks()
         self.step += 1
-        means = sums.merge(self.reduce_list).means()
+        means = sums.merge(self.ranks.sum_list).means()
         means |= {"optim/lr": self._last_lr, "optim/grad_norm": sum(norms) / len(norms)}
-        ev = ppo.explained_variance(batch.values, batch.returns, batch.response_mask, all_reduce=self.all_reduce)
+        ev = ppo.explained_variance(batch.values, batch.returns, batch.response_mask, all_reduce=self.ranks.sum)
         return means | {"value/explained_variance": ev}
 
-    def _optimizer_step(self, batch: TrainBatch, rows: np.ndarray, sums: Sums, *, first: bool) -> float:
-        """One optimizer step; returns the norm of the gradient before clipping."""
-        n_valid = self.all_reduce(batch.response_mask[torch.from_numpy(rows)].sum().double().reshape(1)).clamp(min=1)
-        micros = list(batch.micro_batches(rows, self.cfg.ppo.micro_batch_size))
-        worst_ratio = 0.0
+    def _optimizer_step(self, batch: TrainBatch, rows: np.ndarray, most: int, sums: Sums, *, first: bool) -> float:
+        """One optimizer step on this rank's `rows` (the fullest rank has `most`); the gradient norm before clipping."""
+        n_valid = self.ranks.sum(batch.response_mask[torch.from_numpy(rows)].sum().double().reshape(1)).clamp(min=1)
+        size = self.cfg.ppo.micro_batch_size
+        micros = list(batch.micro_batches(rows, size, max(1, -(-most // size))))
+        self._last_lr = self.cfg.optim.lr * self._lr_factor(self._optimizer_steps)
+        for group in self._optimizer.param_groups:
+            group["lr"] = self._last_lr
+        losses, ratio_errors = [], []
         for i, micro in enumerate(micros):
-            self._accelerator.gradient_state._set_sync_gradients(i == len(micros) - 1)
-            loss, ratio_error = self._micro_loss(micro.to(self.device), float(n_valid), sums)
-            worst_ratio = max(worst_ratio, ratio_error)
-            if not torch.isfinite(loss):
-                raise InvariantFault(f"step {self.step + 1}: the loss is {loss.item()}; the weights are as before it")
-            self._accelerator.backward(loss * self._accelerator.num_processes)
-        if first and self.cfg.run.checks and not self._max(worst_ratio) <= self._limits["ratio"]:
+            last = i == len(micros) - 1
+            self._accelerator.gradient_state._set_sync_gradients(last)
+            with nullcontext() if last else self._accelerator.no_sync(self._engine):
+                loss, ratio_error = self._micro_loss(micro.to(self.device), float(n_valid), sums)
+                losses.append(loss.item())
+                ratio_errors.append(ratio_error)
+                if last:  # DeepSpeed takes its step inside the last backward
+                    self._check_losses(losses, ratio_errors, first)
+                self._accelerator.backward(loss * self.ranks.size)
+        norm = self._accelerator.clip_grad_norm_(self._engine.parameters(), self.cfg.optim.max_grad_norm)
+        if norm is not None and not 0 <= norm < math.inf:  # DeepSpeed says -1 where it met a NaN
+            taken = "the step was taken: go on from a checkpoint" if self._sharded else "no step was taken"
+            raise InvariantFault(f"step {self.step + 1}: the gradient norm is {float(norm)}; {taken}")
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        self._optimizer_steps += 1
+        return float(norm) if norm is not None else 0.0
+
+    def _check_losses(self, losses: list[float], ratio_errors: list[float], first: bool) -> None:
+        """Raise InvariantFault, on all ranks at once, for a loss that is no number or a first ratio off 1."""
+        loss, ratio_error = (self.ranks.max(_largest(torch.tensor(x).abs())) for x in (losses, ratio_errors))
+        if not math.isfinite(loss):
+            raise InvariantFault(f"step {self.step + 1}: the loss is {loss}; the weights are as before it")
+        if first and self.cfg.run.checks and not ratio_error <= self._limits["ratio"]:
             raise InvariantFault(
-                f"step {self.step + 1}: a ratio of the first mini-batch is off 1 by {worst_ratio:.2g}"
+                f"step {self.step + 1}: a ratio of the first mini-batch is off 1 by {ratio_error:.2g}"
                 f" (limit {self._limits['ratio']:.2g}): old and new log-probs are not computed alike"
             )
-        norm = self._accelerator.clip_grad_norm_(self._engine.parameters(), self.cfg.optim.max_grad_norm)
-        if norm is not None and not math.isfinite(norm):
-            raise InvariantFault(f"step {self.step + 1}: the gradient norm is {float(norm)}; no step was taken")
-        self._last_lr = self._scheduler.get_last_lr()[0]
-        self._optimizer.step()
-        self._scheduler.step()
-        self._optimizer.zero_grad()
-        return float(norm) if norm is not None else 0.0
+
+    def _compare_ranks(self) -> None:
+        """Raise InvariantFault if ranks hold other parameters than this one after their first step together."""
+        h = hashlib.blake2b(digest_size=16)
+        for name, x in self.policy.named_parameters():
+            h.update(name.encode())
+            h.update(x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        digests = self.ranks.gather(h.hexdigest())
+        if len(set(digests)) > 1:
+            raise InvariantFault(
+                f"step {self.step + 1}: after one step the learner ranks hold different parameters (digests"
+                f" {', '.join(d[:8] for d in digests)}): gradients are not reduced in this launch"
+            )
+        self._ranks_agree = True
 
     def _micro_loss(self, micro: TrainBatch, n_valid: float, sums: Sums) -> tuple[Tensor, float]:
         """The share of one micro-batch in the loss of its optimizer step, and max |ratio - 1| over its tokens."""
@@ -211,15 +272,8 @@ class Learner:
             sums.add(f"ppo/{name}", float(pg_stats[name]) * tokens, tokens)
         sums.add("ppo/vf_clipfrac", float(vf_stats["vf_clipfrac"]) * tokens, tokens)
         with torch.no_grad():
-            ratio_error = torch.where(mask, out.logprobs - micro.old_logprobs, 0.0).exp().sub(1).abs().max().item()
+            ratio_error = _largest(torch.where(mask, out.logprobs - micro.old_logprobs, 0.0).exp().sub(1).abs())
         return loss, ratio_error
-
-    def reduce_list(self, values: list[float]) -> list[float]:
-        """`all_reduce` for plain numbers, in float64."""
-        return self.all_reduce(torch.tensor(values, dtype=torch.float64)).tolist()
-
-    def _max(self, value: float) -> float:
-        return float(self._accelerator.gather(torch.tensor([value], device=self.device)).max())
 
     @property
     def probe_tolerance(self) -> float:
@@ -245,3 +299,22 @@ class Learner:
         lengths = torch.tensor([probe.prompt_ids.shape[1]], device=self.device)
         out = self._engine(ids, lengths, torch.tensor([n], device=self.device), n, self.cfg.rollout.temperature)
         return out[0].float().cpu().numpy()
+
+    def save_state(self, folder: Path) -> None:
+        """What the next step depends on here: parameters, AdamW, RNG. All ranks call it; each writes its own.
+
+        The learning rate is a function of the number of steps, which `load_state` is told.
+        """
+        logging.getLogger("accelerate").setLevel(logging.ERROR)  # a line for each tied tensor that is saved once
+        self._accelerator.save_state(str(folder))
+
+    def load_state(self, folder: Path, *, step: int) -> None:
+        """Put back what `save_state` wrote after `step` updates. All ranks call it."""
+        self._accelerator.load_state(str(folder))
+        self.step = step
+        self._optimizer_steps = step * self.cfg.optimizer_steps // self.cfg.run.steps
+
+
+def _largest(x: Tensor) -> float:
+    """The largest element; 0 where there is none."""
+    return float(x.max()) if x.numel() else 0.0

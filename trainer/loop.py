@@ -4,11 +4,13 @@
 
 What runs at the same time: workers write chunks while the reward server scores the chunks that are finished. The loop
 waits in `submit` for the last response and in `collect` for the last score; each wait has a deadline of its own below.
+Every learner rank runs this loop on its share of each batch. Where it works alone, `ranks.together` makes a fault of
+one rank a fault of all; what is logged is summed over all.
 """
 
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -22,8 +24,9 @@ from core.trajectory import PromptRequest, Trajectory
 from core.weights import Probe
 from trainer import ppo
 from trainer.batch import TrainBatch
-from trainer.evaluate import evaluation_means
+from trainer.evaluate import evaluation_sums
 from trainer.learner import Learner
+from trainer.ranks import Ranks
 from trainer.run_log import RunLog
 
 
@@ -36,8 +39,12 @@ class Prompts(Protocol):
 class Rollouts(Protocol):
     counters: Counter[str]
 
+    def share(self, requests: list[PromptRequest]) -> list[PromptRequest]:
+        """Those whose responses come to this rank."""
+        ...
+
     def generate(self, requests: list[PromptRequest]) -> Iterable[Any]:
-        """References of finished chunks, in any order."""
+        """`requests` of all ranks -> references of finished chunks of this rank, in any order."""
         ...
 
 
@@ -64,6 +71,18 @@ class TrainState:
     kl: ppo.KLController
     running: dict[str, RunningMoments] = field(default_factory=dict)
 
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; floats come back from JSON bit for bit."""
+        return {"kl_coef": self.kl.coef, "running": {name: asdict(moments) for name, moments in self.running.items()}}
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        self.kl.coef = saved["kl_coef"]
+        self.running = {name: RunningMoments(**moments) for name, moments in saved["running"].items()}
+
+    @classmethod
+    def fresh(cls, cfg: Config) -> "TrainState":
+        return cls(kl=ppo.KLController(cfg.ppo.kl_coef, target_kl=cfg.ppo.target_kl, horizon=cfg.ppo.kl_horizon))
+
 
 def train(
     cfg: Config,
@@ -75,30 +94,34 @@ def train(
     rewards: Rewards,
     publisher: Publisher,
     log: RunLog,
+    state: TrainState,
     on_eval: Callable[[int, dict[str, float]], None],
+    on_step: Callable[[int], None],
 ) -> None:
-    """Train for `run.steps` updates.
+    """Train from where `learner`, `prompts` and `state` stand up to `run.steps` updates.
 
     `on_eval(step, means)` is told of each evaluation, of the first policy as step 0; it keeps the best weights.
+    `on_step(step)` comes at the end of each step, when all that the next one depends on is in place.
     """
-    state = TrainState(kl=ppo.KLController(cfg.ppo.kl_coef, target_kl=cfg.ppo.target_kl, horizon=cfg.ppo.kl_horizon))
-    publisher.publish(0)
-    if held_out is not None:
+    ranks = learner.ranks
+    publisher.publish(learner.step)
+    if held_out is not None and learner.step == 0:
         with log.time("evaluate"):
-            before = evaluate(cfg, held_out, rollouts, rewards, version=0)
+            before = evaluate(cfg, held_out, rollouts, rewards, ranks, version=0)
         on_eval(0, before)
         log.baseline(before)
 
     for step in range(learner.step + 1, cfg.run.steps + 1):
-        with log.time("rollout"):
-            requests = prompts.take(cfg.prompts_per_step, cfg.rollout.n_samples_per_prompt)
-            pending = rewards.submit(rollouts.generate(requests))
-        with log.time("reward"):
-            trajectories = rewards.collect(pending)
-            account(cfg, requests, trajectories, version=step - 1)
+        with ranks.together():
+            with log.time("rollout"):
+                requests = prompts.take(cfg.prompts_per_step, cfg.rollout.n_samples_per_prompt)
+                pending = rewards.submit(rollouts.generate(requests))
+            with log.time("reward"):
+                trajectories = rewards.collect(pending)
+                account(cfg, rollouts.share(requests), trajectories, version=step - 1)
 
         with log.time("annotate"):
-            batch = TrainBatch.collate(trajectories)
+            batch = TrainBatch.collate(trajectories, cfg.rewards)
             batch, policy_means = learner.annotate(batch)
         combined = combine(
             batch.component_rewards,
@@ -106,26 +129,27 @@ def train(
             batch.response_mask,
             cfg.rewards,
             state.running,
-            all_reduce=learner.all_reduce,
+            all_reduce=ranks.sum,
         )
-        batch = credit(cfg, batch.fill(token_rewards=combined.token_rewards), state.kl.coef, learner.all_reduce)
+        batch = credit(cfg, batch.fill(token_rewards=combined.token_rewards), state.kl.coef, ranks.sum)
 
         with log.time("update"):
             update_means = learner.update(batch)
         with log.time("sync"):
             publisher.publish(step)
 
-        means = rollout_means(batch, combined, trajectories, version=step - 1).merge(learner.reduce_list).means()
+        means = rollout_sums(batch, combined, trajectories, version=step - 1).merge(ranks.sum_list).means()
         means |= policy_means | update_means | {"objective/kl_coef": state.kl.coef}
-        state.kl.update(means["objective/kl"], len(batch))
+        samples, tokens = map(int, ranks.sum_list([len(batch), int(batch.response_mask.sum())]))
+        state.kl.update(means["objective/kl"], samples)
         if held_out is not None and (step % cfg.run.eval_every == 0 or step == cfg.run.steps):
             with log.time("evaluate"):
-                held_out_means = evaluate(cfg, held_out, rollouts, rewards, version=step)
+                held_out_means = evaluate(cfg, held_out, rollouts, rewards, ranks, version=step)
                 on_eval(step, held_out_means)
                 means |= held_out_means
-        means |= {f"faults/{name}": count for name, count in (rollouts.counters + rewards.counters).items()}
-        tokens = int(batch.response_mask.sum())
-        log.step(step, means, samples=len(batch), rollout_tokens=tokens, learner_tokens=tokens * cfg.ppo.ppo_epochs)
+        means |= faults(rollouts, rewards, ranks)
+        log.step(step, means, samples=samples, rollout_tokens=tokens, learner_tokens=tokens * cfg.ppo.ppo_epochs)
+        on_step(step)
 
 
 def credit(cfg: Config, batch: TrainBatch, kl_coef: float, all_reduce: Callable[[Tensor], Tensor]) -> TrainBatch:
@@ -157,7 +181,7 @@ def account(cfg: Config, requests: list[PromptRequest], trajectories: list[Traje
     """
     asked = {request.sample_uid for request in requests}
     got = [t.request.sample_uid for t in trajectories]
-    if len(set(got)) != len(got) or not asked.issuperset(got) or not got:
+    if len(set(got)) != len(got) or not asked.issuperset(got) or (asked and not got):
         raise InvariantFault(
             f"{len(asked)} samples were asked for; {len(got)} came back, {len(asked & {*got})} of them"
         )
@@ -167,16 +191,25 @@ def account(cfg: Config, requests: list[PromptRequest], trajectories: list[Traje
 
 
 def evaluate(
-    cfg: Config, held_out: Prompts, rollouts: Rollouts, rewards: Rewards, *, version: int | None
+    cfg: Config, held_out: Prompts, rollouts: Rollouts, rewards: Rewards, ranks: Ranks, *, version: int | None
 ) -> dict[str, float]:
     """Means over held-out prompts, one sample each, on the workers at `version` (None: as they loaded from disk)."""
-    requests = held_out.first(cfg.data.eval_prompts)
-    trajectories = rewards.collect(rewards.submit(rollouts.generate(requests)))
-    account(cfg, requests, trajectories, version=version)
-    return evaluation_means(trajectories, cfg.rewards)
+    with ranks.together():
+        requests = held_out.first(cfg.data.eval_prompts)
+        trajectories = rewards.collect(rewards.submit(rollouts.generate(requests)))
+        account(cfg, rollouts.share(requests), trajectories, version=version)
+    return evaluation_sums(trajectories, cfg.rewards).merge(ranks.sum_list).means()
 
 
-def rollout_means(batch: TrainBatch, combined: Combined, trajectories: list[Trajectory], *, version: int) -> Sums:
+def faults(rollouts: Rollouts, rewards: Rewards, ranks: Ranks) -> dict[str, float]:
+    """Counters of all ranks, as metrics."""
+    total = Counter()
+    for counters in ranks.gather(rollouts.counters + rewards.counters):
+        total.update(counters)
+    return {f"faults/{name}": count for name, count in total.items()}
+
+
+def rollout_sums(batch: TrainBatch, combined: Combined, trajectories: list[Trajectory], *, version: int) -> Sums:
     """Sums of what the responses of one step were worth and how they looked. `version`: of the policy before it."""
     sums, mask, n = Sums(), batch.response_mask, len(batch)
     sums.add("reward/total", float(torch.where(mask, combined.token_rewards, 0.0).double().sum()), n)
@@ -188,7 +221,7 @@ def rollout_means(batch: TrainBatch, combined: Combined, trajectories: list[Traj
     sums.add("response/length_mean", float(batch.response_lengths.sum()), n)
     sums.add("response/truncated_frac", float(batch.cut.sum()), n)
     sums.add("staleness/mean", float((version - batch.policy_version)[mask].sum()), float(mask.sum()))
-    last = max(t.finished_at for t in trajectories)
+    last = max((t.finished_at for t in trajectories), default=0.0)
     sums.add("perf/scored_early_frac", sum(t.scored_at < last for t in trajectories), n)
     return sums
 

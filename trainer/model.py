@@ -29,13 +29,14 @@ class PolicyWithValueHead(nn.Module):
     The head starts at zero, so the first advantages are those of the rewards alone. It is kept in float32.
     """
 
-    def __init__(self, lm: PreTrainedModel) -> None:
+    def __init__(self, lm: PreTrainedModel, dtype: torch.dtype = torch.float32) -> None:
+        """`dtype`: what the causal LM computes in; all parameters are in float32."""
         super().__init__()
         self.lm = lm
         self.value_head = nn.Linear(lm.get_output_embeddings().in_features, 1)
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
-        self._forward = CausalForward(lm)
+        self._forward = CausalForward(lm, dtype)
 
     def forward(
         self,
@@ -49,16 +50,18 @@ class PolicyWithValueHead(nn.Module):
         """Fields of PolicyOutput as a tuple (engines that wrap modules want one). input_ids is [B, P + T]."""
         logits, hidden = self._forward(input_ids, prompt_lengths, response_lengths, n_response)
         logprobs = logprobs_from_logits(logits, input_ids[:, -n_response:], temperature)
-        with torch.autocast(input_ids.device.type, enabled=False):  # the temperature never touches the value
-            values = self.value_head(hidden.to(self.value_head.weight.dtype)).squeeze(-1)
+        values = self.value_head(hidden.to(self.value_head.weight.dtype)).squeeze(-1)  # no temperature here
         return logprobs, values, entropy_from_logits(logits, temperature) if with_entropy else None
 
 
 class CausalForward:
-    """Logits of the response tokens of a padded batch, and the hidden states that they come from."""
+    """Logits of the response tokens of a padded batch, and the hidden states that they come from.
 
-    def __init__(self, lm: PreTrainedModel) -> None:
-        self._lm = lm
+    It opens autocast itself: a plain process, DDP and DeepSpeed would each cast at other places.
+    """
+
+    def __init__(self, lm: PreTrainedModel, dtype: torch.dtype = torch.float32) -> None:
+        self._lm, self._dtype = lm, dtype
         # Models without absolute or rotary positions (ALiBi) take none; they read the attention mask.
         self._takes_positions = "position_ids" in inspect.signature(lm.forward).parameters
         self._hidden: Tensor | None = None
@@ -79,13 +82,14 @@ class CausalForward:
         extra = {}
         if self._takes_positions:
             extra["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)
-        logits = self._lm(
-            input_ids=input_ids,
-            attention_mask=mask.long(),
-            use_cache=False,
-            logits_to_keep=n_response + 1,
-            **extra,
-        ).logits
+        with torch.autocast(input_ids.device.type, dtype=self._dtype, enabled=self._dtype != torch.float32):
+            logits = self._lm(
+                input_ids=input_ids,
+                attention_mask=mask.long(),
+                use_cache=False,
+                logits_to_keep=n_response + 1,
+                **extra,
+            ).logits
         hidden, self._hidden = self._hidden, None
         assert hidden is not None and hidden.shape[1] == logits.shape[1] == n_response + 1, "logits_to_keep is ignored"
         return logits[:, :-1], hidden

@@ -133,11 +133,11 @@ def step_line(step: int, total_steps: int, row: dict[str, float]) -> Text:
 _PHASE_STYLES = dict(
     zip(
         PHASES,
-        ("#0072b2", "#e69f00", "#56b4e9", "#d55e00", "#cc79a7", "#009e73", "#999999", "bright_black", ""),
+        ("#0072b2", "#e69f00", "#56b4e9", "#d55e00", "#cc79a7", "#009e73", "#f0e442", "#999999", "bright_black", ""),
         strict=True,
     )
 )
-_PHASE_GLYPHS = dict(zip(PHASES, "█░▒▓▚▞▐· ", strict=True))
+_PHASE_GLYPHS = dict(zip(PHASES, "█░▒▓▚▞▌▐· ", strict=True))
 _SPARK_GLYPHS = "▁▂▃▄▅▆▇█"
 _SPARK_STYLE = "#56b4e9"
 

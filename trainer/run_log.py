@@ -42,12 +42,13 @@ class RunLog:
     """The log of one run, on rank 0. A context manager: entering opens the file and the panel, leaving closes both.
 
     Args:
-        run_dir: the run folder; made if need be. An existing metrics.jsonl is continued.
+        run_dir: the run folder; made if need be. An existing metrics.jsonl is continued, its rows are the past.
         total_steps: for progress and time left.
         trackers: takes the finite metrics of a step and its number. If it raises, that is named once and counted in
             faults/tracker_errors, and training goes on: metrics.jsonl has everything.
         console: where to print; standard output if None.
         title: head of the panel, plain text.
+        before: the evaluation before the first step, where this log goes on with a run; see `baseline`.
     """
 
     def __init__(
@@ -58,12 +59,14 @@ class RunLog:
         trackers: Trackers | None,
         console: Console | None = None,
         title: str = "",
+        before: dict[str, float] | None = None,
     ) -> None:
         self.path = Path(run_dir) / "metrics.jsonl"
         self._trackers = trackers
         self._tracker_errors = 0
         self._console = Console() if console is None else console
         self._view = View(title=title, total_steps=total_steps)
+        self._view.baseline = dict(before or {})
         self._live: Live | None = None
         self._fd: int | None = None
         self._named_null: set[str] = set()
@@ -77,6 +80,9 @@ class RunLog:
     def __enter__(self) -> "RunLog":
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._fd = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        for row in map(json.loads, self.path.read_text(encoding="utf-8").splitlines()):
+            numbers = {name: math.nan if value is None else value for name, value in row.items()}
+            self._view.add(numbers.pop("step"), numbers, wrote_at=perf_counter())
         self._clock.restart()
         if can_draw(self._console):
             self._live = Live(

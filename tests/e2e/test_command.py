@@ -125,12 +125,16 @@ def test_tensorboard_holds_the_same_numbers(finished):
         pytest.fail("no event file has reward/total")
 
 
-def test_a_folder_with_a_run_is_refused_and_nothing_in_it_changes(task, finished):
-    before = (finished.folder / "metrics.jsonl").read_bytes()
+def test_a_finished_run_says_so_and_how_to_go_on_and_nothing_in_it_changes(task, finished):
+    before = {p: p.read_bytes() for p in finished.folder.rglob("*") if p.is_file()}
     again = Run(finished.folder, config=task / "config.yaml")
-    assert again.end(60) == 2
-    assert again.words().startswith("tokenppo: run.name = first") and again.words().count("\n") == 1
-    assert (finished.folder / "metrics.jsonl").read_bytes() == before
+    assert again.end(60) == 0
+    words = again.words()
+    assert "finished after 3 steps" in words and "after (step 3): reward" in words and "--run.name" in words
+    never = Run(finished.folder, "--run.resume", "never", config=task / "config.yaml")
+    assert never.end(60) == 2
+    assert never.words().startswith("tokenppo: run.resume = never") and never.words().count("\n") == 1
+    assert {p: p.read_bytes() for p in finished.folder.rglob("*") if p.is_file()} == before
 
 
 def test_evaluate_repeats_the_last_evaluation(finished):

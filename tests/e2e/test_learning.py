@@ -72,6 +72,9 @@ class CutTransport(ObjectStoreTransport):
     def send(self, index, bucket):
         self.arrays.append(bucket.copy())
 
+    def offer(self):
+        pass
+
     def commit(self, probe, verify):
         if self.first is None:
             self.first = (self.wanted, self.arrays)

@@ -46,7 +46,7 @@ def written(cfg, n_workers: int) -> list[Trajectory]:
     cfg = cfg.model_copy(update={"rollout": cfg.rollout.model_copy(update={"workers": n_workers})})
     tokenizer = build.load_tokenizer(cfg.model.path)
     prompts, _ = build.prompt_streams(cfg, tokenizer)
-    group = build.rollout_group(cfg, tokenizer, "cpu", print)
+    group = build.rollouts(cfg, tokenizer, "cpu", print)
     rewards = build.reward_client(cfg, None, print)
     try:
         rewards.wait_ready()
@@ -82,7 +82,7 @@ def test_one_sample_that_makes_a_component_raise_costs_that_sample_alone(cfg, tm
     cfg = cfg.model_copy(update={"rewards": {"inverse": component}, "run": run})
     tokenizer = build.load_tokenizer(cfg.model.path)
     prompts, _ = build.prompt_streams(cfg, tokenizer)
-    group, rewards = build.rollout_group(cfg, tokenizer, "cpu", print), build.reward_client(cfg, None, notes.append)
+    group, rewards = build.rollouts(cfg, tokenizer, "cpu", print), build.reward_client(cfg, None, notes.append)
     try:
         got = rewards.collect(rewards.submit(group.generate(prompts.take(24, 2))))
     finally:
@@ -107,7 +107,7 @@ def test_a_finished_chunk_is_scored_while_the_next_is_not_yet_written(cfg, tmp_p
     cfg = cfg.model_copy(update={"rewards": {"seen": component}})
     tokenizer = build.load_tokenizer(cfg.model.path)
     prompts, _ = build.prompt_streams(cfg, tokenizer)
-    group, rewards = build.rollout_group(cfg, tokenizer, "cpu", print), build.reward_client(cfg, None, print)
+    group, rewards = build.rollouts(cfg, tokenizer, "cpu", print), build.reward_client(cfg, None, print)
 
     def one_after_the_other():
         first, second = prompts.take(4, 2), prompts.take(4, 2)
@@ -133,7 +133,7 @@ def test_an_answer_that_is_not_per_completion_fails_and_is_not_tried_alone(cfg, 
     cfg = cfg.model_copy(update={"rewards": {"one": component}})
     tokenizer = build.load_tokenizer(cfg.model.path)
     prompts, _ = build.prompt_streams(cfg, tokenizer)
-    group, rewards = build.rollout_group(cfg, tokenizer, "cpu", print), build.reward_client(cfg, None, print)
+    group, rewards = build.rollouts(cfg, tokenizer, "cpu", print), build.reward_client(cfg, None, print)
     try:
         with pytest.raises(RewardFault, match="answered 1 entries for 8 completions"):
             rewards.collect(rewards.submit(group.generate(prompts.take(24, 2))))
