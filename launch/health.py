@@ -1,7 +1,7 @@
 """`tokenppo health [DIR]`: is this installation whole, can runs be written, and does every run at work get on?
 
-For whoever restarts what hangs: a container engine, a job scheduler, a person. To be asked on the machine of the run, since
-process ids mean nothing elsewhere. It imports nothing heavy and leaves no trace.
+For whoever restarts what hangs: a container engine, a job scheduler, a person. To be asked on the machine of the run,
+since process ids mean nothing elsewhere. It imports nothing heavy and leaves no trace.
 """
 
 import importlib.metadata

@@ -1,4 +1,4 @@
-"""What a Dockerfile of ours must keep to, checked on its text: a host that builds no image can still refuse a bad one."""
+"""What a Dockerfile of ours must keep to, checked on its text: a host without an engine can refuse a bad one."""
 
 import json
 import re
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 TARGETS = ("cpu", "cuda")
-SECRET = re.compile(r"(^|_)(TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY|AUTH)(_|$)", re.I)
+SECRET = re.compile(r"(^|_)(TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|API_?KEY|(ACCESS|PRIVATE)_?KEY|AUTH)(_|$)", re.I)
 PINNED = re.compile(r"[^\s:@]+(?::\d+/[^\s:@]+)?(:v?\d+\.\d+\.\d+[^\s@]*)?(@sha256:[0-9a-f]{64})?")
 
 
@@ -82,7 +82,7 @@ def lineage(stages: list[Stage], name: str) -> list[Instruction]:
 
 
 def ignored(path: str, patterns: list[str]) -> bool:
-    """Whether .dockerignore keeps a path of the context out: the last pattern that fits it, or a folder of it, decides."""
+    """Whether .dockerignore keeps a path of the context out: the last pattern that fits it or its folder wins."""
     out = False
     for pattern in patterns:
         keep, pattern = pattern.startswith("!"), pattern.removeprefix("!").strip("/")

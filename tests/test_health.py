@@ -153,7 +153,9 @@ def test_looking_does_not_keep_a_run_from_starting(tmp_path):
 
 
 def test_it_is_light():
-    code = "import sys, launch.health; print([m for m in ('torch', 'ray', 'transformers', 'numpy') if m in sys.modules])"
+    code = (
+        "import sys, launch.health; print([m for m in ('torch', 'ray', 'transformers', 'numpy') if m in sys.modules])"
+    )
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=environment)
     assert out.stdout.strip() == "[]", out.stderr

@@ -1,6 +1,8 @@
-"""The steps of a target of docker/Dockerfile without docker: COPY and RUN of its stages, in a folder that stands for /app."""
+"""A target of docker/Dockerfile without docker: COPY and RUN of its stages, in a folder that stands for /app."""
 
+import json
 import os
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -9,14 +11,21 @@ from docker_rules import Instruction, Stage, copied, lineage, parse, patterns_of
 
 ROOT = Path(__file__).parents[2]
 DOCKERFILE = ROOT / "docker" / "Dockerfile"
-PASSED_ON = ("PIP_", "SSL_", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY")
+PASSED_ON = (
+    "PIP_",
+    "SSL_",
+    "REQUESTS_CA_BUNDLE",
+    "CURL_CA_BUNDLE",
+    "http_proxy",
+    "https_proxy",
+    "no_proxy",
+    "HTTP_PROXY",
+)
 PASSED_ON += ("HTTPS_PROXY", "NO_PROXY")
 
 
 def environment(stages: list[Stage], stage: str, app: Path, home: Path, path: str) -> dict[str, str]:
     """What a process of this stage sees: its ENV lines, an empty home, and of this machine how pip reaches packages."""
-    import shlex
-
     seen = {key: value for key, value in os.environ.items() if key.startswith(PASSED_ON)}
     seen |= {"HOME": str(home), "PATH": path}
     for instruction in lineage(stages, stage):
@@ -56,7 +65,5 @@ def make(target: str, app: Path, home: Path, path: str) -> dict[str, str]:
 
 def command(target: str, word: str) -> list[str]:
     """The words of CMD or HEALTHCHECK of a target."""
-    import json
-
     (found,) = (i for i in lineage(parse(DOCKERFILE.read_text()), target) if i.word == word)
     return json.loads(found.body[found.body.index("[") :])
