@@ -8,6 +8,7 @@ import shutil
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -90,6 +91,7 @@ def ray_session(cfg: Config) -> Iterator[None]:
         | {"PYTHONPATH": os.pathsep.join([house, *filter(None, [os.environ.get("PYTHONPATH")])])},
         "worker_process_setup_hook": "tokenppo.claim_packages",
     }
+    on_term = signal.getsignal(signal.SIGTERM)
     try:
         if cfg.resources.ray_address:
             ray.init(address=cfg.resources.ray_address, logging_level=logging.WARNING, runtime_env=runtime_env)
@@ -108,6 +110,9 @@ def ray_session(cfg: Config) -> Iterator[None]:
         remedy = "; is RAY_AUTH_TOKEN, or the file RAY_AUTH_TOKEN_PATH, the token of that cluster?"
         remedy = remedy if cfg.resources.ray_address else ""
         raise ProcessFault(f"Ray did not start on {where}: {reason}{remedy}") from None
+    if callable(on_term) and threading.current_thread() is threading.main_thread():
+        # Ray put handlers of its own in front of ours, one of which ends this process with nothing written.
+        signal.signal(signal.SIGTERM, on_term)
     try:
         yield
     finally:

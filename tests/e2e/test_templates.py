@@ -68,6 +68,12 @@ def test_what_the_slurm_script_asks_for():
 
 
 def slurm(tmp_path: Path, *options: str, **environment: str) -> subprocess.CompletedProcess:
+    job = submitted(tmp_path, *options, **environment)
+    out, err = job.communicate(timeout=120)
+    return subprocess.CompletedProcess(job.args, job.returncode, out, err)
+
+
+def submitted(tmp_path: Path, *options: str, **environment: str) -> subprocess.Popen:
     """The script as SLURM runs it: a copy elsewhere, in the folder of the submission, with SLURM's variables."""
     script, srun = tmp_path / "spool" / "slurm_script", tmp_path / "bin" / "srun"
     for file, text in ((script, (TEMPLATES / "slurm.sh").read_text()), (srun, SRUN)):
@@ -78,7 +84,28 @@ def slurm(tmp_path: Path, *options: str, **environment: str) -> subprocess.Compl
     seen |= {"SLURM_JOB_ID": "77", "SLURM_CPUS_PER_TASK": "2", "OMP_NUM_THREADS": "1", "VENV": str(BIN.parent)}
     seen |= {"ACCELERATE_CONFIG": "launch/accelerate/cpu.yaml", "PYTHONPATH": str(ROOT)} | environment
     command = ["bash", str(script), *options]
-    return subprocess.run(command, cwd=ROOT, env=seen, capture_output=True, text=True, timeout=120)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=ROOT, env=seen, start_new_session=True, **pipes)
+
+
+@pytest.mark.slow
+def test_a_run_closes_its_files_when_slurm_ends_it(task, tmp_path):
+    """TERM to every process of the job at once, as --signal=TERM@120 and a preemption send it."""
+    folder = tmp_path / "runs" / "slurm-77"
+    options = ("--run.dir", str(folder.parent), "--run.steps", "100000")
+    job = submitted(tmp_path, *options, CONFIG=str(task / "config.yaml"))
+    deadline = time.monotonic() + 120
+    while not (folder / "metrics.jsonl").exists() or not (folder / "metrics.jsonl").read_text():
+        assert job.poll() is None and time.monotonic() < deadline, job.communicate(timeout=60)
+    family = psutil.Process(job.pid).children(recursive=True)
+    for process in [psutil.Process(job.pid), *family]:
+        process.terminate()
+    out, err = job.communicate(timeout=60)
+    assert "stopped before the end" in err, err
+    summary = json.loads((folder / "summary.json").read_text())
+    # Which end it hears of first is not ours to say: its own (143), or that of a worker in the middle of a call (1).
+    assert summary["error"] in ("SystemExit: 143", "SystemExit: 1") and summary["steps"] >= 1, summary
+    assert not psutil.wait_procs(family, timeout=20)[1]
 
 
 def test_the_slurm_script_starts_the_trainer(tmp_path):
