@@ -34,11 +34,16 @@ def main(argv: list[str]) -> int:
     evaluate.add_argument("run", metavar="RUN", help="path of a run folder")
     evaluate.add_argument("--weights", choices=("final", "best", "base"), default="final", help="default final")
     evaluate.add_argument("--data", help="other prompts than data.eval_path of the run")
+    evaluate.set_defaults(do=_evaluate)
+    health = verbs.add_parser("health", help="exit 0 if this installation and the runs at work are well, 3 if not")
+    health.add_argument("dir", metavar="DIR", nargs="?", default="runs", help="folder of all runs, default runs")
+    health.add_argument("--stale-s", type=float, default=3600, help="seconds a run may write nothing, default 3600")
+    health.set_defaults(do=_health)
     try:
         if argv[:1] == ["train"]:
             return train(argv[1:])
         args = parser.parse_args(argv)
-        return _evaluate(args)
+        return args.do(args)
     except Fault as error:
         for line in str(error).splitlines():
             print(f"tokenppo: {line}", file=sys.stderr)
@@ -53,6 +58,13 @@ def _evaluate(args: argparse.Namespace) -> int:
     means = tokenppo.evaluate(args.run, weights=args.weights, data=args.data)
     width = max(map(len, means))
     print("\n".join(f"{name:<{width}}  {value:.4g}" for name, value in means.items()))
+    return 0
+
+
+def _health(args: argparse.Namespace) -> int:
+    from launch.health import report
+
+    print(report(Path(args.dir), args.stale_s))
     return 0
 
 

@@ -6,7 +6,9 @@ import os
 import secrets
 import shutil
 import signal
+import socket
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +17,8 @@ from core.config import Config
 from core.faults import TERMINATED, ProcessFault, UserError
 
 EXIT_CODE_FOLDER = "TOKENPPO_EXIT_CODES"  # set by `tokenppo train`: accelerate launch turns every failure into a 1
+# Workers of a cluster that was there before have the environment of that cluster, not ours.
+FOR_WORKERS = ("OMP_WAIT_POLICY", "CUBLAS_WORKSPACE_CONFIG", "TQDM_DISABLE")
 
 
 def cores() -> int:
@@ -85,15 +89,21 @@ def ray_session(cfg: Config, address: str | None = None) -> Iterator[str]:
     """Ray up to the end of the block; gives its address. Everything started inside dies with it, also if this process
     is killed. `address`: of the Ray that another learner process of this run started or joined."""
     import ray
+    from ray.exceptions import AuthenticationError
 
-    _private_token()
+    if cfg.resources.ray_address:  # it has a token, which a new one would not match
+        _refuse_unreachable(cfg.resources.ray_address)
+    else:
+        _private_token()
     # Actors import our packages from where this process has them. Ray will put the folder that the user stands in at
     # the front of their sys.path, whatever is in it: the hook runs before that.
     house = str(Path(__file__).resolve().parent.parent)
     runtime_env = {
-        "env_vars": {"PYTHONPATH": os.pathsep.join([house, *filter(None, [os.environ.get("PYTHONPATH")])])},
+        "env_vars": {name: os.environ[name] for name in FOR_WORKERS if name in os.environ}
+        | {"PYTHONPATH": os.pathsep.join([house, *filter(None, [os.environ.get("PYTHONPATH")])])},
         "worker_process_setup_hook": "tokenppo.claim_packages",
     }
+    on_term = signal.getsignal(signal.SIGTERM)
     try:
         address = address or cfg.resources.ray_address
         if address:
@@ -107,14 +117,33 @@ def ray_session(cfg: Config, address: str | None = None) -> Iterator[str]:
                 logging_level=logging.WARNING,
                 runtime_env=runtime_env,
             )
-    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+    except (AuthenticationError, ConnectionError, RuntimeError, ValueError, OSError) as error:
         where = f"resources.ray_address = {address}" if cfg.resources.ray_address else address or "this machine"
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ProcessFault(f"Ray did not start on {where}: {reason}") from None
+        remedy = "; is RAY_AUTH_TOKEN, or the file RAY_AUTH_TOKEN_PATH, the token of that cluster?"
+        remedy = remedy if cfg.resources.ray_address else ""
+        raise ProcessFault(f"Ray did not start on {where}: {reason}{remedy}") from None
+    if callable(on_term) and threading.current_thread() is threading.main_thread():
+        # Ray put handlers of its own in front of ours, one of which ends this process with nothing written.
+        signal.signal(signal.SIGTERM, on_term)
     try:
         yield ray.get_runtime_context().gcs_address
     finally:
         ray.shutdown()
+
+
+def _refuse_unreachable(address: str) -> None:
+    """Raise ProcessFault where nobody listens, in seconds: Ray itself would try for minutes."""
+    host, colon, port = address.rpartition(":")
+    if not colon or not port.isdigit() or "/" in host:  # `auto` and the like
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except OSError as error:
+        raise ProcessFault(
+            f"resources.ray_address = {address}: no answer ({error.strerror or error}); start a cluster there"
+            " (ray start --head), or leave the key out and the run has a Ray of its own"
+        ) from None
 
 
 def die_with_parent(parent: int) -> None:

@@ -1,8 +1,10 @@
-# Sourced by demo.sh and test.sh: leaves $python, a Python with tokenppo and its test tools, in .venv beside pyproject.toml.
-# Does nothing where that is there already. PYTHON names the interpreter to start from (3.11 or newer).
+# Sourced by demo.sh, test.sh and docker/Dockerfile: leaves $python, a Python with tokenppo, in .venv beside pyproject.toml.
+# Does nothing where that is there already. PYTHON names the interpreter to start from (3.11 or newer), EXTRAS what comes
+# along, by the names in pyproject.toml: the tools of the tests, unless EXTRAS is set; set to nothing, nothing.
 
 python="$PWD/.venv/bin/python"
-wanted=$(cksum < pyproject.toml)
+extras=${EXTRAS-dev}
+wanted="$(cksum < pyproject.toml)${extras:+ $extras}"
 
 if [ "$(cat .venv/installed 2>/dev/null)" != "$wanted" ]; then
     "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
@@ -15,7 +17,7 @@ if [ "$(cat .venv/installed 2>/dev/null)" != "$wanted" ]; then
     if ! command -v nvidia-smi > /dev/null; then
         "$python" -m pip install --quiet --disable-pip-version-check torch==2.13.0
     fi
-    "$python" -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+    "$python" -m pip install --quiet --disable-pip-version-check --editable ".${extras:+[$extras]}"
     printf '%s\n' "$wanted" > .venv/installed
 fi
 # DeepSpeed compiles with the tools of this folder; idle threads of one process must not steal the cores of another.

@@ -4,11 +4,12 @@ import fcntl
 import json
 import math
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from core.config import Config, load, to_yaml
 from core.faults import UserError
@@ -18,6 +19,7 @@ CHECKPOINTS = "checkpoints"
 TRACES = ("metrics.jsonl", CHECKPOINTS, "best", "final")  # of a run that got somewhere
 # A run may be given more steps; where its folder is, and whether it may be gone on with, is no part of what it does.
 MAY_CHANGE = ("run.steps", "run.dir", "run.resume")
+LOOK_S = 0.2  # longer than `at_work` ever holds a lock
 
 
 def refuse_missing(cfg: Config) -> None:
@@ -98,7 +100,7 @@ def opened(cfg: Config) -> Iterator[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "config.yaml", "a", encoding="utf-8") as config:
         try:
-            fcntl.flock(config, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it when this process ends
+            _hold(config)
         except BlockingIOError:
             raise UserError(
                 f"run.name = {cfg.run.name}: another run is at work in {folder}; give another name"
@@ -108,6 +110,25 @@ def opened(cfg: Config) -> Iterator[Path]:
         config.write(to_yaml(cfg))
         config.flush()
         yield folder
+
+
+def _hold(config: TextIO) -> None:
+    """Lock it; the system lets go when this process ends. Tries twice, since `at_work` may be looking just now."""
+    try:
+        fcntl.flock(config, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        time.sleep(LOOK_S)
+        fcntl.flock(config, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def at_work(folder: Path) -> bool:
+    """Whether a living process holds this run folder, as `opened` does. Waits for nothing."""
+    with open(folder / "config.yaml", encoding="utf-8") as config:
+        try:
+            fcntl.flock(config, fcntl.LOCK_SH | fcntl.LOCK_NB)  # let go of with the file, a moment later
+        except BlockingIOError:
+            return True
+    return False
 
 
 def drop_after(folder: Path, step: int) -> int:

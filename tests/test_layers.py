@@ -53,7 +53,9 @@ def test_layers_and_vendors(path):
         assert vendor not in found or name.startswith(places), f"{name} imports {vendor}: only {places} may"
 
 
-@pytest.mark.parametrize("module", ["core.config", "core.metrics", "core.faults", "launch.cli", "launch.arguments"])
+@pytest.mark.parametrize(
+    "module", ["core.config", "core.metrics", "core.faults", "launch.cli", "launch.arguments", "launch.health"]
+)
 def test_what_help_needs_is_light(module):
     code = f"import sys, {module}; print([m for m in ('torch', 'ray', 'transformers') if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)

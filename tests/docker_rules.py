@@ -1,0 +1,174 @@
+"""What a Dockerfile of ours must keep to, checked on its text: a host without an engine can refuse a bad one."""
+
+import json
+import re
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+TARGETS = ("cpu", "cuda")
+SECRET = re.compile(r"(^|_)(TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|API_?KEY|(ACCESS|PRIVATE)_?KEY|AUTH)(_|$)", re.I)
+PINNED = re.compile(r"[^\s:@]+(?::\d+/[^\s:@]+)?(:v?\d+\.\d+\.\d+[^\s@]*)?(@sha256:[0-9a-f]{64})?")
+
+
+@dataclass(frozen=True)
+class Instruction:
+    word: str  # FROM, RUN, ...
+    text: str  # what follows it, joined to one line
+    line: int
+
+    @property
+    def flags(self) -> dict[str, str]:
+        """--from=x and the like, which stand before everything else."""
+        found: dict[str, str] = {}
+        for part in self.text.split():
+            if not part.startswith("--"):
+                break
+            name, _, value = part[2:].partition("=")
+            found[name] = value
+        return found
+
+    @property
+    def body(self) -> str:
+        return re.sub(r"^(--\S+\s+)+", "", self.text)
+
+    @property
+    def exec_form(self) -> list[str] | None:
+        return json.loads(self.body) if self.body.startswith("[") else None
+
+
+@dataclass
+class Stage:
+    name: str
+    base: str
+    instructions: list[Instruction] = field(default_factory=list)
+
+
+def parse(text: str) -> list[Stage]:
+    """The stages of a Dockerfile. Raises ValueError for what this reader does not know (heredocs, other escapes)."""
+    stages: list[Stage] = []
+    whole, start = "", 0
+    for number, line in enumerate(text.splitlines(), 1):
+        if re.match(r"\s*#", line) or (not line.strip() and not whole):
+            continue
+        start = start if whole else number
+        whole += line.strip().removesuffix("\\") + " "
+        if line.rstrip().endswith("\\"):
+            continue
+        word, _, rest = whole.strip().partition(" ")
+        whole = ""
+        if "<<" in rest:
+            raise ValueError(f"line {start}: a heredoc, which this reader does not know")
+        found = Instruction(word.upper(), rest.strip(), start)
+        if found.word == "FROM":
+            base, *alias = re.split(r"\s+as\s+", found.body, flags=re.I)
+            stages.append(Stage(alias[0] if alias else str(len(stages)), base, [found]))
+        elif stages:
+            stages[-1].instructions.append(found)
+        elif found.word != "ARG":
+            raise ValueError(f"line {start}: {found.word} before the first FROM")
+    return stages
+
+
+def lineage(stages: list[Stage], name: str) -> list[Instruction]:
+    """All instructions that make a stage, those of the stages it is built upon first."""
+    by_name = {stage.name: stage for stage in stages}
+    out: list[Instruction] = []
+    while name in by_name:
+        out = by_name[name].instructions + out
+        name = by_name[name].base
+    return out
+
+
+def ignored(path: str, patterns: list[str]) -> bool:
+    """Whether .dockerignore keeps a path of the context out: the last pattern that fits it or its folder wins."""
+    out = False
+    for pattern in patterns:
+        keep, pattern = pattern.startswith("!"), pattern.removeprefix("!").strip("/")
+        regex = re.escape(pattern).replace(r"\*\*/", "(?:.*/)?").replace(r"\*\*", ".*")
+        regex = regex.replace(r"\*", "[^/]*").replace(r"\?", "[^/]")
+        if re.fullmatch(f"{regex}(/.*)?", path):
+            out = not keep
+    return out
+
+
+def patterns_of(dockerignore: Path) -> list[str]:
+    lines = dockerignore.read_text().splitlines() if dockerignore.exists() else []
+    return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+
+
+def copied(instruction: Instruction, root: Path, patterns: list[str]) -> tuple[list[Path], list[str]]:
+    """(files of the context that a COPY takes, sources of it that give nothing)."""
+    words = instruction.exec_form or shlex.split(instruction.body)
+    files: list[Path] = []
+    nothing: list[str] = []
+    for source in words[:-1]:
+        found = [root] if source == "." else sorted(root.glob(source.strip("/")))
+        inside = [p for f in found for p in ([f] if f.is_file() else sorted(f.rglob("*"))) if p.is_file()]
+        inside = [p for p in inside if not ignored(p.relative_to(root).as_posix(), patterns)]
+        files += inside
+        nothing += [] if inside else [source]
+    return files, nothing
+
+
+def problems(text: str, root: Path) -> list[str]:
+    """Everything that is wrong with the Dockerfile `text` whose context is `root`, one line each."""
+    return list(_problems(parse(text), root))
+
+
+def _problems(stages: list[Stage], root: Path) -> Iterator[str]:
+    names = [stage.name for stage in stages]
+    patterns = patterns_of(root / ".dockerignore")
+    for stage in stages:
+        earlier = names[: names.index(stage.name)]
+        if stage.base not in [*earlier, "scratch"]:
+            match = PINNED.fullmatch(stage.base)
+            if not match or not any(match.groups()):
+                yield f"pin: FROM {stage.base} is no full version; write image:1.2.3 or a digest"
+        for instruction in stage.instructions:
+            yield from _of_instruction(instruction, names, root, patterns)
+    for target in TARGETS:
+        if target not in names:
+            yield f"target: there is no stage {target}"
+            continue
+        made_by = lineage(stages, target)
+        users = [i.body for i in made_by if i.word == "USER"]
+        if not users or users[-1].split(":")[0] in ("root", "0"):
+            yield f"user: {target} ends as {users[-1] if users else 'root'}"
+        checks = [i.body for i in made_by if i.word == "HEALTHCHECK"]
+        if not checks or checks[-1].upper() == "NONE":
+            yield f"health: {target} has no HEALTHCHECK"
+        if not [i for i in made_by if i.word == "VOLUME"]:
+            yield f"volume: {target} has no VOLUME for runs"
+        if not [i for i in made_by if i.word == "ENTRYPOINT" and i.exec_form]:
+            yield f"entrypoint: {target} has no ENTRYPOINT in exec form, so signals would end in a shell"
+
+
+def _of_instruction(instruction: Instruction, names: list[str], root: Path, patterns: list[str]) -> Iterator[str]:
+    at, body = f"line {instruction.line}", instruction.body
+    if instruction.word == "ADD":
+        yield f"add: {at}: ADD unpacks and downloads; use COPY"
+    if instruction.word == "COPY" and "from" not in instruction.flags:
+        yield from (f"copy: {at}: {s} is not in the context" for s in copied(instruction, root, patterns)[1])
+    if instruction.word == "COPY" and (source := instruction.flags.get("from")) is not None and source not in names:
+        yield f"copy: {at}: there is no stage {source}"
+    if instruction.word in ("ARG", "ENV"):
+        pairs = shlex.split(body)
+        keys = [pair.partition("=")[0] for pair in pairs] if "=" in body or instruction.word == "ARG" else pairs[:1]
+        yield from (f"secret: {at}: {key} would stay in the image" for key in keys if SECRET.search(key))
+    if instruction.word == "RUN":
+        if re.search(r"\b(curl|wget)\b.*\|\s*(sudo\s+)?\S*sh\b|sh\b.*<\(\s*(curl|wget)|\$\((curl|wget)", body):
+            yield f"pipe: {at}: runs what it downloads, unseen"
+        if re.search(r"\bsudo\b", body):
+            yield f"sudo: {at}: an image needs none"
+        for command in re.split(r"&&|;|\|\|", body):
+            if re.search(r"\bapt(-get)?\b.*\binstall\b", command) and "--no-install-recommends" not in command:
+                yield f"apt: {at}: install without --no-install-recommends"
+        if re.search(r"\bapt(-get)?\s+(-\S+\s+)*update\b", body) and not re.search(
+            r"rm -rf /var/lib/apt/lists/\*", body
+        ):
+            yield f"apt: {at}: the lists stay in the layer; remove /var/lib/apt/lists/* in the same RUN"
+        for command in re.split(r"&&|;|\|\|", body):
+            if re.search(r"\bpip3?\b.*\binstall\b", command) and "--no-cache-dir" not in command:
+                yield f"pip: {at}: install without --no-cache-dir"
