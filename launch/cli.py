@@ -15,7 +15,7 @@ from pathlib import Path
 from core.config import Config
 from core.faults import INTERRUPTED, TERMINATED, Fault, ProcessFault
 from launch import arguments, run_folder
-from launch.cluster import EXIT_CODE_FOLDER, cores, die_with_parent
+from launch.cluster import EXIT_CODE_FOLDER, adopt_orphans, cores, die_with_parent
 
 GRACE_S = 8.0  # between the first signal and the killing of what is left
 
@@ -107,6 +107,7 @@ def _launch(argv: list[str], args: arguments.TrainArguments, cfg: Config) -> int
         signal.signal(signal.SIGTERM, _raise_terminated)
         signal.signal(signal.SIGHUP, _raise_terminated)
         guard = functools.partial(die_with_parent, os.getpid())
+        adopt_orphans()
         child = None
         try:
             child = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=guard)
@@ -118,6 +119,7 @@ def _launch(argv: list[str], args: arguments.TrainArguments, cfg: Config) -> int
         # A rank that ended because of another one says 143; one that was killed says nothing.
         said = {file.name: int(file.read_text() or 1) for file in codes.iterdir()}
         if child.returncode and not (set(said.values()) - {0, TERMINATED}):
+            _kill_orphans()
             ended = f", of the others {len(said)} were ended after it" if said else ""
             raise ProcessFault(f"a learner process died without a word: no memory left, or it was killed{ended}")
         return next((code for code in said.values() if code not in (0, TERMINATED)), max(said.values(), default=1))
@@ -125,6 +127,17 @@ def _launch(argv: list[str], args: arguments.TrainArguments, cfg: Config) -> int
 
 def _raise_terminated(signum: int, frame: object) -> None:
     raise SystemExit(TERMINATED)
+
+
+def _kill_orphans() -> None:
+    """A learner that was killed could not end its Ray, whose last processes would take half a minute to notice."""
+    import psutil
+
+    orphans = psutil.Process().children(recursive=True)
+    for process in orphans:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(orphans, timeout=GRACE_S)
 
 
 def _stop(child: subprocess.Popen) -> None:

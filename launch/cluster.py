@@ -146,6 +146,12 @@ def _refuse_unreachable(address: str) -> None:
         ) from None
 
 
+def adopt_orphans() -> None:
+    """Ask Linux to make every descendant whose parent dies a child of this process, where it can be found and ended."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER
+
+
 def die_with_parent(parent: int) -> None:
     """Ask Linux for SIGTERM when the parent of this process dies, so that a killed command leaves no orphans.
 

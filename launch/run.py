@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from rich.console import Console
 
 from core.config import Config
-from core.faults import UserError, exit_code_of
+from core.faults import StorageFault, UserError, exit_code_of
 from launch import build, cluster, learners, run_folder
 from launch.exchange import Exchange
 from launch.trackers import Trackers
@@ -118,7 +118,12 @@ def run(cfg: Config, inline: Inline = Inline()) -> RunResult:
         finally:
             summary["seconds"]["whole_run"] = round(time.perf_counter() - started, 3)
             if ranks.is_main:
-                run_folder.write_summary(job.folder, summary)
+                try:
+                    run_folder.write_summary(job.folder, summary)
+                except StorageFault as error:
+                    if summary["exit"] == 0:
+                        raise
+                    console.print(f"warning: {error}", markup=False, soft_wrap=True)  # what ended the run is said after
         return RunResult(job.folder, summary)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from core.config import Config, load, to_yaml
-from core.faults import UserError
+from core.faults import StorageFault, UserError
 from trainer import checkpoint
 
 CHECKPOINTS = "checkpoints"
@@ -205,8 +205,11 @@ def write_tracker_ids(folder: Path, ids: dict[str, str]) -> None:
 
 def _write_whole(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.new")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise StorageFault(f"{path} could not be written ({error.strerror or error})") from None
 
 
 def farewell(folder: Path, summary: dict[str, Any], *, was_finished: bool = False) -> str:

@@ -13,6 +13,7 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
+from core.faults import StorageFault
 from trainer import panel, run_log
 from trainer.run_log import RunLog
 
@@ -217,7 +218,7 @@ def test_each_line_is_in_the_file_when_step_returns(tmp_path):
 def test_a_disk_that_takes_half_a_line_is_an_error(tmp_path, monkeypatch):
     with RunLog(tmp_path, total_steps=2, trackers=None, console=a_file()) as log:
         monkeypatch.setattr(run_log.os, "write", lambda fd, data: len(data) // 2)
-        with pytest.raises(OSError, match="step 1 was not written whole"):
+        with pytest.raises(StorageFault, match="step 1 was not written whole"):
             log.step(1, a_row())
 
 

@@ -25,6 +25,7 @@ from rich.console import Console, RenderableType
 from rich.live import Live
 from rich.text import Text
 
+from core.faults import StorageFault
 from core.metrics import PHASES, lookup
 from trainer.panel import View, can_draw, eval_line, one_line, panel, step_line
 
@@ -151,7 +152,7 @@ class RunLog:
             samples, rollout_tokens, learner_tokens: what all ranks did in this step.
         Raises:
             KeyError: a name that is not in core/metrics.py; nothing was written.
-            OSError: the line could not be written.
+            StorageFault: the line could not be written.
         """
         assert self._fd is not None, "the log is not open"
         assert step > self._view.step, f"step {step} after step {self._view.step}"
@@ -210,8 +211,12 @@ class RunLog:
                     self.note(f"warning: {name} is {float(value)} at step {step}; written as null, said once")
         data = (json.dumps(line, allow_nan=False) + "\n").encode()
         # One write to a file opened for appending: a kill leaves the whole line or none of it.
-        if os.write(self._fd, data) != len(data):
-            raise OSError(f"{self.path}: step {step} was not written whole; is the disk full?")
+        try:
+            written = os.write(self._fd, data)
+        except OSError as error:
+            raise StorageFault(f"{self.path}: step {step} could not be written ({error.strerror})") from None
+        if written != len(data):
+            raise StorageFault(f"{self.path}: step {step} was not written whole; is the disk full?")
 
     def _track(self, metrics: dict[str, float], step: int) -> None:
         if self._trackers is None:

@@ -1,0 +1,218 @@
+"""Coming back: the same command goes on where a run stopped, and ends with the numbers of one that never did."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+import wandb_file
+from safetensors.torch import load_file
+from test_command import REWARDS
+
+import tiny_models
+from cards_run import ROOT, Run, same_numbers
+
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("task")
+    tiny_models.save_model(folder / "model", "gpt2")
+    (folder / "rewards.py").write_text(REWARDS)
+    rows = [{"prompt": f"the {w} sat", "topic": "xy"[i % 2]} for i, w in enumerate(["cat", "dog", "mat", "park"] * 3)]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "config.yaml").write_text(
+        f"""
+model: {{path: model, dtype: float32}}
+data: {{path: prompts.jsonl, eval_path: prompts.jsonl, eval_prompts: 8}}
+rollout: {{batch_size: 16, n_samples_per_prompt: 2, chunk_size: 4, max_new_tokens: 12}}
+rewards:
+  vowels: {{fn: rewards.py:vowels, normalize: running}}
+  brevity: {{fn: rewards.py:brevity, weight: 0.5, options: {{scale: 0.01}}}}
+ppo: {{mini_batch_size: 8, micro_batch_size: 4, target_kl: 0.5, kl_horizon: 64}}
+optim: {{lr: 0.001, warmup_frac: 0.2, schedule: cosine}}
+log: {{trackers: [tensorboard, wandb]}}
+run: {{steps: {STEPS}, eval_every: 2, save_every: 1, deterministic: true}}
+"""
+    )
+    return folder
+
+
+def start(task: Path, folder: Path, *options: str) -> Run:
+    return Run(folder, *options, config=task / "config.yaml")
+
+
+@pytest.fixture(scope="module")
+def whole(task, tmp_path_factory) -> Run:
+    run = start(task, tmp_path_factory.mktemp("whole") / "r")
+    assert run.end(240) == 0, run.words()
+    return run
+
+
+def killed_after(task: Path, folder: Path, step: int, *options: str) -> Run:
+    """The learner process gets SIGKILL as soon as the row of `step` is there."""
+    run = start(task, folder, *options)
+    run.wait_for(lambda: len(run.rows()) >= step)
+    family = run.family()
+    os.kill(run.pids()["learner"], signal.SIGKILL)
+    assert run.end(60) == 3, run.words()
+    assert "died without a word" in run.words()
+    assert not psutil.wait_procs(family, timeout=15)[1]
+    return run
+
+
+def same_files(a: Path, b: Path) -> None:
+    for part in ("final", "best"):
+        for name in ("model.safetensors", "value_head.safetensors"):
+            assert (a / part / name).read_bytes() == (b / part / name).read_bytes(), f"{part}/{name}"
+    tensors = [load_file(folder / f"checkpoints/step-{STEPS}/learner/model.safetensors") for folder in (a, b)]
+    assert all(tensors[0][name].equal(tensors[1][name]) for name in tensors[0])
+
+
+@pytest.fixture(scope="module")
+def resumed(task, tmp_path_factory) -> tuple[Run, Run]:
+    folder = tmp_path_factory.mktemp("broken") / "r"
+    broken = killed_after(task, folder, 3)
+    again = start(task, folder)
+    assert again.end(240) == 0, again.words()
+    return broken, again
+
+
+@pytest.mark.slow
+def test_after_sigkill_the_same_command_ends_bit_for_bit_as_an_undisturbed_run(whole, resumed):
+    """Running moments, an adaptive kl_coef, a cosine schedule with warm-up, epochs that end inside a step."""
+    _, again = resumed
+    summary = again.summary()
+    assert summary["resumed_from"] in (2, 3) and "going on from step" in again.words()
+    same_numbers(again.rows(), whole.rows())
+    same_files(again.folder, whole.folder)
+    assert summary["eval"] == whole.summary()["eval"] and summary["steps"] == STEPS
+    assert whole.summary()["resumed_from"] is None
+
+
+@pytest.mark.slow
+def test_trackers_go_on_under_the_same_id_with_each_step_once(whole, resumed):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    _, again = resumed
+    files = wandb_file.files(again.folder)
+    recorded = [wandb_file.read(file) for file in files]
+    assert len(files) == 2 and len({run.run_id for run in recorded}) == 1
+    steps = [row["step"] for run in recorded for row in run.rows]
+    assert steps == sorted(set(steps)) and steps[-1] == STEPS
+    names = {name for run in recorded for row in run.rows for name in row if not name.startswith("_")}
+    assert set(again.rows()[-1]) - {"timestamp"} <= names
+    events = EventAccumulator(str(again.folder / "tokenppo"))
+    events.Reload()
+    assert [e.step for e in events.Scalars("reward/total")] == list(range(1, STEPS + 1))
+    assert [e.value for e in events.Scalars("reward/total")] == pytest.approx(
+        [row["reward/total"] for row in whole.rows()]
+    )
+
+
+@pytest.mark.slow
+def test_killed_before_its_first_checkpoint_it_begins_again(task, whole, tmp_path):
+    """No row and no weight of the first try is left; here only the end has a checkpoint."""
+    killed_after(task, tmp_path / "r", 2, "--run.save_every", "100")
+    again = start(task, tmp_path / "r", "--run.save_every", "100")
+    assert again.end(240) == 0, again.words()
+    assert again.summary()["resumed_from"] == 0 and "begins again" in again.words()
+    same_numbers(again.rows(), whole.rows())
+    assert [p.name for p in (tmp_path / "r" / "checkpoints").iterdir()] == [f"step-{STEPS}"]
+
+
+@pytest.mark.slow
+def test_more_steps_go_on_and_other_settings_or_prompts_are_refused(task, tmp_path):
+    folder = tmp_path / "r"
+    short = start(task, folder, "--run.steps", "2", "--log.trackers", "[]")
+    assert short.end(240) == 0, short.words()
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    refusals = {
+        ("--optim.lr", "0.5"): "optim.lr = 0.5: the run in",
+        ("--run.steps", "1"): "run.steps = 1: the run in",
+        ("--run.resume", "never"): "run.resume = never",
+    }
+    for options, words in refusals.items():
+        refused = start(task, folder, "--run.steps", "2", "--log.trackers", "[]", *options)
+        assert refused.end(60) == 2 and words in refused.words(), refused.words()
+        assert "Traceback" not in refused.words()
+    prompts = (task / "prompts.jsonl").read_text()
+    try:
+        (task / "prompts.jsonl").write_text(prompts.replace("cat", "dog", 1))
+        other = start(task, folder, "--run.steps", "3", "--log.trackers", "[]")
+        assert other.end(60) == 2 and "its prompts are not those" in other.words(), other.words()
+    finally:
+        (task / "prompts.jsonl").write_text(prompts)
+    before.pop(folder / "summary.json"), before.pop(folder / "config.yaml")
+    assert all(path.read_bytes() == data for path, data in before.items())
+    longer = start(task, folder, "--run.steps", "3", "--log.trackers", "[]")
+    assert longer.end(240) == 0, longer.words()
+    assert longer.summary()["resumed_from"] == 2 and [row["step"] for row in longer.rows()] == [1, 2, 3]
+
+
+@pytest.mark.slow
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(task, whole, tmp_path):
+    """One flipped bit, which torch.load and safetensors would both read without a word."""
+    folder = tmp_path / "r"
+    killed_after(task, folder, 4, "--run.keep_checkpoints", "3")
+    saved = sorted((folder / "checkpoints").glob("step-*"), key=lambda p: int(p.name.removeprefix("step-")))
+    file = saved[-1] / "learner" / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-3] ^= 16
+    file.write_bytes(data)
+    again = start(task, folder, "--run.keep_checkpoints", "3")
+    assert again.end(240) == 0, again.words()
+    assert f"{saved[-1].name} is damaged" in " ".join(again.words().split())
+    assert f"going on from step {saved[-2].name.removeprefix('step-')}" in again.words()
+    same_numbers(again.rows(), whole.rows())
+
+
+@pytest.mark.slow
+def test_two_learner_processes_have_one_wandb_run_and_one_writer(task, tmp_path):
+    several = start(task, tmp_path / "r", "--accelerate", "ddp", "--run.steps", "2")
+    assert several.end(240) == 0, several.words()
+    (file,) = wandb_file.files(several.folder)
+    steps = [row["step"] for row in wandb_file.read(file).rows]
+    assert steps == [0, 1, 2]
+    assert len([p for p in (several.folder / "tokenppo").rglob("events*")]) == 1
+
+
+@pytest.mark.slow
+def test_a_full_disk_ends_a_run_with_its_name_and_leaves_the_last_checkpoint(task, tmp_path):
+    """A file system of a few megabytes: whatever does not fit, the run says so and the checkpoint before is whole."""
+    small = tmp_path / "small"
+    small.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=4m", "none", str(small)], capture_output=True, text=True
+    )
+    if mounted.returncode:
+        pytest.skip(f"no file system can be mounted here: {mounted.stderr.strip()}")
+    code = (
+        "import sys; from pathlib import Path; from trainer import checkpoint;"
+        "print([(p.name, checkpoint.damage_of(p)) for p in sorted(Path(sys.argv[1]).glob('step-*'))])"
+    )
+    try:
+        full = Run(tmp_path / "r", "--run.dir", str(small), "--log.trackers", "[]", config=task / "config.yaml")
+        full.wait_for(lambda: (small / "r" / "checkpoints" / "step-2").exists())
+        fill(small)
+        assert full.end(120) == 6, full.words()
+        assert "tokenppo: " in full.words() and "Traceback" not in full.words()
+        checked = subprocess.run(
+            [sys.executable, "-c", code, str(small / "r" / "checkpoints")], cwd=ROOT, capture_output=True, text=True
+        )
+        assert checked.returncode == 0 and "None" in checked.stdout, checked.stdout + checked.stderr
+    finally:
+        subprocess.run(["umount", "-l", str(small)], check=True)
+
+
+def fill(folder: Path) -> None:
+    """Until the last byte is taken."""
+    with open(folder / "ballast", "wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(b"x" * 4096)
