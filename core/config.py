@@ -437,3 +437,40 @@ def type_name(annotation: Any) -> str:
         return " | ".join(args)
     name = getattr(getattr(annotation, "__origin__", None), "__name__", str(annotation))
     return f"{name} of {' , '.join(type_name(a) for a in args)}" if name in ("list",) else name
+
+
+def markdown() -> str:
+    """docs/configuration.md, whole."""
+    lines = [
+        "# Configuration",
+        "",
+        "Generated from `core/config.py` by `python -m core.config > docs/configuration.md`: change it there.",
+        "",
+        "A YAML file (`--config`) gives sections of values, `--section.key VALUE` wins over it. Relative paths in a file",
+        "are relative to that file, those on the command line to the working folder. A key that does not exist is an error",
+        "that names the nearest one; so is a value out of range, NaN, or a key given twice. `NAME` is the name of a reward",
+        "component: letters, digits and `_`. `config.yaml` in the run folder holds the whole configuration of a run.",
+    ]
+    section = ""
+    for key, (kind, default, text) in leaf_keys().items():
+        head, leaf = key.rsplit(".", 1)
+        if head != section:
+            lines += ["", f"## {head}", "", "| key | type | default | range | meaning |", "|---|---|---|---|---|"]
+            section = head
+        kind_name = type_name(kind).replace("|", "or")
+        shown = "required" if default == "required" else f"`{'null' if default is None else default}`"
+        lines.append(f"| `{leaf}` | {kind_name} | {shown} | {_range_of(key)} | {' '.join(text.split())} |")
+    return "\n".join(lines) + "\n"
+
+
+def _range_of(key: str) -> str:
+    """The bounds of a number, or of the length of a text: `>= 1, < 2`."""
+    section, leaf = key.split(".")[0], key.rsplit(".", 1)[1]
+    model = RewardConfig if section == "rewards" else Config.model_fields[section].annotation
+    signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+    bounds = [(sign, getattr(m, name, None)) for m in model.model_fields[leaf].metadata for name, sign in signs.items()]
+    return ", ".join(f"{sign} {bound}" for sign, bound in bounds if bound is not None)
+
+
+if __name__ == "__main__":
+    print(markdown(), end="")

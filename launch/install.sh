@@ -11,9 +11,9 @@ if [ "$(cat .venv/installed 2>/dev/null)" != "$wanted" ]; then
         echo "tokenppo needs Python 3.11 or newer; set PYTHON to one, this is: $("${PYTHON:-python3}" --version 2>&1)" >&2
         exit 2
     }
-    echo "installing into .venv (about 2 GB; once)"
+    echo "installing into .venv (2 GB with a CPU build of torch, 6 GB with a CUDA build; once)"
     [ -x "$python" ] || "${PYTHON:-python3}" -m venv .venv
-    # Without a GPU this release of torch first: another would bring several GB of CUDA packages along.
+    # Without a GPU the release that this was tested with. Which build of it pip takes is pip's own settings' business.
     if ! command -v nvidia-smi > /dev/null; then
         "$python" -m pip install --quiet --disable-pip-version-check torch==2.13.0
     fi

@@ -152,3 +152,13 @@ def test_parse_override_knows_null_and_yaml():
 def test_from_tree_refuses_a_component_without_a_function():
     with pytest.raises(UserError, match="rewards.a.fn"):
         from_tree({"model": {"path": "m"}, "data": {"path": "d"}, "rewards": {"a": {"weight": 1}}})
+
+
+def test_the_page_of_keys_is_generated_and_whole():
+    page = (ROOT / "docs" / "configuration.md").read_text()
+    assert page == config.markdown(), "python -m core.config > docs/configuration.md"
+    for key in config.leaf_keys():
+        head, leaf = key.rsplit(".", 1)
+        assert f"| `{leaf}` |" in page.split(f"## {head}\n")[1].split("\n## ")[0]
+    assert "| `gamma` | float | `1.0` | >= 0, <= 1 | Discount per token. |" in page
+    assert all(line.count(" | ") == 4 for line in page.splitlines() if line.startswith("| `"))
