@@ -415,6 +415,7 @@ def nearest_key(key: str) -> str | None:
     if key.rsplit(".", 1)[-1] in FAMILIAR:
         return FAMILIAR[key.rsplit(".", 1)[-1]]
     close = difflib.get_close_matches(key, known + sections, n=1, cutoff=0.75)
+    close = close or difflib.get_close_matches(key, sections, n=1, cutoff=0.6)
     if not close:  # the right name in the wrong section, or in none
         leaf = key.rsplit(".", 1)[-1]
         close = [k for k in known if k.rsplit(".", 1)[1] == leaf][:1]
@@ -446,10 +447,11 @@ def markdown() -> str:
         "",
         "Generated from `core/config.py` by `python -m core.config > docs/configuration.md`: change it there.",
         "",
-        "A YAML file (`--config`) gives sections of values, `--section.key VALUE` wins over it. Relative paths in a file",
-        "are relative to that file, those on the command line to the working folder. A key that does not exist is an error",
-        "that names the nearest one; so is a value out of range, NaN, or a key given twice. `NAME` is the name of a reward",
-        "component: letters, digits and `_`. `config.yaml` in the run folder holds the whole configuration of a run.",
+        "A YAML file (`--config`) gives sections of values, `--section.key VALUE` wins over it. Relative paths in a",
+        "file are relative to that file, those on the command line to the working folder. A key that does not exist is",
+        "an error that names the nearest one; so is a value out of range, NaN, or a key given twice. `NAME` is the name",
+        "of a reward component: letters, digits and `_`. `config.yaml` in the run folder holds the whole configuration",
+        "of a run.",
     ]
     section = ""
     for key, (kind, default, text) in leaf_keys().items():

@@ -37,6 +37,26 @@ def _from_pretrained(kind: Any, path: str, what: str) -> Any:
         raise UserError(f"model.path = {path}: no {what} loads from it ({reason})") from None
 
 
+def model_size(path: str) -> tuple[int, int, int]:
+    """Parameters, layers and vocabulary of a model, from its configuration alone: nothing is allocated.
+
+    Raises UserError if it is no causal LM.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    config = model_config(path)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except ValueError:
+        raise UserError(
+            f"model.path = {path}: a model of type {config.model_type} is no causal language model; give one that"
+            " AutoModelForCausalLM loads"
+        ) from None
+    return model.num_parameters(), config.num_hidden_layers, config.vocab_size
+
+
 def response_room(cfg: Config) -> int | None:
     """Prompt tokens that leave room for a whole response in the model's window; None where it names no window."""
     window = getattr(model_config(cfg.model.path), "max_position_embeddings", None)

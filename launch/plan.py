@@ -1,19 +1,21 @@
 """What a run would do, in words and numbers, without doing any of it: `tokenppo train --dry-run`."""
 
 from core.config import Config
-from launch import build, cluster, run_folder
+from launch import build, cluster, room, run_folder
 
 GIB = 2**30
 
 
 def plan(cfg: Config) -> str:
     """The plan as text. Checks what a run would check before it starts processes; writes nothing. Raises UserError."""
+    cluster.device(cfg)
     run_folder.examine(cfg)
     build.check_rewards(cfg)
     tokenizer = build.load_tokenizer(cfg.model.path)
     prompts, held_out = build.prompt_streams(cfg, tokenizer)
     build.check_rewards(cfg, columns=prompts.columns)
-    n_parameters, n_layers, n_vocab = _model_size(cfg.model.path)
+    n_parameters, n_layers, n_vocab = build.model_size(cfg.model.path)
+    room.refuse_too_little(cfg, n_parameters)
     learner_threads, worker_threads = cluster.thread_plan(cfg)
     batch, mini, micro = cfg.rollout.batch_size, cfg.ppo.mini_batch_size, cfg.ppo.micro_batch_size
     n_mini = batch // mini
@@ -46,14 +48,3 @@ def plan(cfg: Config) -> str:
         + (f"; {', '.join(cfg.log.trackers)}" if cfg.log.trackers else ""),
     ]
     return "\n".join(lines)
-
-
-def _model_size(path: str) -> tuple[int, int, int]:
-    """Parameters, layers and vocabulary of a model, from its configuration alone: nothing is allocated."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    config = build.model_config(path)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    return model.num_parameters(), config.num_hidden_layers, config.vocab_size

@@ -20,7 +20,7 @@ from rich.console import Console
 
 from core.config import Config
 from core.faults import StorageFault, UserError, exit_code_of
-from launch import build, cluster, learners, run_folder
+from launch import build, cluster, learners, room, run_folder
 from launch.exchange import Exchange
 from launch.trackers import Trackers
 from launch.weight_transport import ObjectStoreTransport
@@ -96,6 +96,8 @@ def run(cfg: Config, inline: Inline = Inline()) -> RunResult:
             )
         with ranks.together():
             found = run_folder.examine(cfg) if ranks.is_main else None
+            if ranks.is_main:
+                room.refuse_too_little(cfg, build.model_size(cfg.model.path)[0])
         found = ranks.from_main(found)
         if found.finished:
             return RunResult(job.folder, run_folder.read_summary(job.folder), was_finished=True)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from core.config import from_tree, leaf_keys, load, parse_override, to_yaml
+from core.config import from_tree, leaf_keys, load, markdown, parse_override, to_yaml
 from core.faults import UserError
 from launch import arguments
 
@@ -156,8 +156,8 @@ def test_from_tree_refuses_a_component_without_a_function():
 
 def test_the_page_of_keys_is_generated_and_whole():
     page = (ROOT / "docs" / "configuration.md").read_text()
-    assert page == config.markdown(), "python -m core.config > docs/configuration.md"
-    for key in config.leaf_keys():
+    assert page == markdown(), "python -m core.config > docs/configuration.md"
+    for key in leaf_keys():
         head, leaf = key.rsplit(".", 1)
         assert f"| `{leaf}` |" in page.split(f"## {head}\n")[1].split("\n## ")[0]
     assert "| `gamma` | float | `1.0` | >= 0, <= 1 | Discount per token. |" in page

@@ -1,0 +1,194 @@
+"""What users get wrong: one line each with key, value and remedy, exit 2, and nothing left behind."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+import tiny_models
+from launch import cli
+
+CONFIG = """
+model: {path: model, dtype: float32}
+data: {path: prompts.jsonl}
+rollout: {batch_size: 8, chunk_size: 4, max_new_tokens: 8}
+rewards: {mine: {fn: rewards.py:fine}}
+ppo: {mini_batch_size: 4, micro_batch_size: 4}
+log: {trackers: []}
+run: {steps: 1, dir: runs}
+"""
+REWARDS = """
+def fine(completions, **_):
+    return [0.0] * len(completions)
+
+def raises(completions, **_):
+    raise RuntimeError("out of coffee")
+
+def is_nan(completions, **_):
+    return [float("nan")] * len(completions)
+
+def too_long(completion_ids, **_):
+    return [[0.0] * (len(ids) + 1) for ids in completion_ids]
+
+def wants(completions, answer):
+    return [0.0] * len(completions)
+
+constant = 3
+"""
+# name: options, files to write first, what the line must say
+MISTAKES: dict[str, tuple[list[str], dict[str, str], list[str]]] = {
+    "unknown key": (["--optim.lrr", "1"], {}, ["optim.lrr", "did you mean optim.lr"]),
+    "unknown section": (["--optimizer.lr", "1"], {}, ["optimizer", "did you mean optim"]),
+    "name of another library": (["--optim.learning_rate", "1"], {}, ["optim.lr"]),
+    "out of range": (["--ppo.gamma", "1.5"], {}, ["ppo.gamma", "1.5", "less than or equal to 1"]),
+    "not finite": (["--optim.lr", "nan"], {}, ["optim.lr", "nan", "finite"]),
+    "infinite": (["--ppo.kl_coef", "inf"], {}, ["ppo.kl_coef", "inf", "finite"]),
+    "negative": (["--optim.lr", "-1"], {}, ["optim.lr", "-1", "greater than or equal to 0"]),
+    "no number": (["--run.steps", "many"], {}, ["run.steps", "many", "integer"]),
+    "no choice": (["--model.dtype", "float16"], {}, ["model.dtype", "float16", "bfloat16"]),
+    "not a list": (["--log.trackers", "neptune"], {}, ["log.trackers", "neptune"]),
+    "option without dashes": (["steps=3"], {}, ["steps=3", "--section.key"]),
+    "bad YAML": ([], {"config.yaml": "model: {path: model\n"}, ["config.yaml:2", "YAML"]),
+    "key twice": ([], {"config.yaml": CONFIG + "run: {steps: 2}\n"}, ["config.yaml", "`run` appears twice"]),
+    "no mapping": ([], {"config.yaml": "- a\n"}, ["config.yaml", "list"]),
+    "batch that does not divide": (["--ppo.mini_batch_size", "3"], {}, ["ppo.mini_batch_size", "3", "[2, 4]"]),
+    "samples that do not divide": (["--rollout.n_samples_per_prompt", "3"], {}, ["rollout.batch_size", "[6, 9]"]),
+    "missing model": (["--model.path", "./absent"], {}, ["model.path", "absent", "no such folder"]),
+    "no causal LM": (["--model.path", "./t5"], {}, ["model.path", "t5", "no causal language model"]),
+    "model folder without config": (["--model.path", "./empty"], {"empty/x": ""}, ["model.path", "empty"]),
+    "unknown architecture": (
+        ["--model.path", "./odd"],
+        {"odd/config.json": '{"model_type": "zebra"}', "odd/tokenizer.json": "{}"},
+        ["model.path", "odd"],
+    ),
+    "missing prompts": (["--data.path", "absent.jsonl"], {}, ["data.path", "absent.jsonl", "no such file"]),
+    "empty prompts": ([], {"prompts.jsonl": "\n"}, ["data.path", "no rows"]),
+    "broken line": ([], {"prompts.jsonl": '{"prompt": "a"}\n{"prompt": \n'}, ["prompts.jsonl:2", "JSON"]),
+    "line that is a list": ([], {"prompts.jsonl": "[1]\n"}, ["prompts.jsonl:1", "list"]),
+    "no prompt column": ([], {"prompts.jsonl": '{"text": "a"}\n'}, ["row 1", "`prompt`", "data.prompt_column"]),
+    "prompt beyond the window": ([], {"prompts.jsonl": json.dumps({"prompt": "cat " * 400})}, ["row 1", "tokens"]),
+    "response beyond the window": (["--rollout.max_new_tokens", "300"], {}, ["rollout.max_new_tokens", "300", "256"]),
+    "no rewards file": (["--rewards.mine.fn", "absent.py:fn"], {}, ["rewards.mine.fn", "absent.py"]),
+    "no reward function": (["--rewards.mine.fn", "rewards.py:absent"], {}, ["rewards.mine.fn", "absent"]),
+    "no reward module": (["--rewards.mine.fn", "absent_module:fn"], {}, ["rewards.mine.fn", "absent_module"]),
+    "reward that is a number": (["--rewards.mine.fn", "rewards.py:constant"], {}, ["rewards.mine.fn", "constant"]),
+    "reward with a syntax error": (["--rewards.mine.fn", "b.py:f"], {"b.py": "def f(:\n"}, ["rewards.mine.fn", "b.py"]),
+    "reward that wants a column": (["--rewards.mine.fn", "rewards.py:wants"], {}, ["rewards.mine.fn", "answer"]),
+    "reward with wrong options": (["--rewards.mine.options", "[1]"], {}, ["rewards.mine.options"]),
+    "no reward at all": (["--rewards.mine.weight", "0"], {}, ["rewards", "weight 0"]),
+    "component name": (["--rewards.total.fn", "rewards.py:fine"], {}, ["rewards.total", "total"]),
+    "run name that climbs": (["--run.name", "../x"], {}, ["run.name", "../x"]),
+    "run name of 300": (["--run.name", "x" * 300], {}, ["run.name"]),
+    "run folder that is a file": (["--run.dir", "rewards.py"], {}, ["run.dir", "rewards.py"]),
+    "too little shared memory": (["--resources.object_store_mb", "100000000"], {}, ["object_store_mb", "--shm-size"]),
+    "too little disk": (["--run.keep_checkpoints", "10000000000"], {}, ["run.dir", "free", "run.keep_checkpoints"]),
+    "no cuda": (["--resources.device", "cuda"], {}, ["resources.device", "cuda"]),
+    "no accelerate file": (["--accelerate", "zero9"], {}, ["--accelerate zero9", "zero2"]),
+    "processes without a file": (["--num-processes", "2"], {}, ["--num-processes 2", "--accelerate"]),
+}
+
+
+def make_task(folder: Path) -> None:
+    tiny_models.save_model(folder / "model", "gpt2")
+
+    tiny_models.make_tokenizer().save_pretrained(folder / "t5")
+    (folder / "t5" / "config.json").write_text(json.dumps({"model_type": "t5", "d_model": 32, "vocab_size": 99}))
+    (folder / "rewards.py").write_text(REWARDS)
+    (folder / "prompts.jsonl").write_text('{"prompt": "the cat sat"}\n{"prompt": "the dog ran"}\n')
+    (folder / "config.yaml").write_text(CONFIG)
+
+
+@pytest.fixture
+def task(tmp_path) -> Path:
+    make_task(tmp_path)
+    return tmp_path
+
+
+def listing(folder: Path) -> set[str]:
+    return {str(p.relative_to(folder)) for p in folder.rglob("*") if "__pycache__" not in p.parts}
+
+
+def prepared(task: Path, name: str) -> tuple[list[str], list[str]]:
+    options, files, words = MISTAKES[name]
+    for path, text in files.items():
+        (task / path).parent.mkdir(exist_ok=True)
+        (task / path).write_text(text)
+    return ["train", "--config", "config.yaml", *options], words
+
+
+def says(err: str, words: list[str]) -> None:
+    lines = err.splitlines()
+    assert lines and all(line.startswith("tokenppo: ") for line in lines), err
+    assert len(lines) == 1, err
+    for word in words:
+        assert word in lines[0], f"{word!r} is not in: {lines[0]}"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/dev/shm")
+@pytest.mark.parametrize("name", MISTAKES)
+def test_dry_run_finds_it_and_says_one_line(name, task, monkeypatch, capfd):
+    argv, words = prepared(task, name)
+    monkeypatch.chdir(task)
+    before, children = listing(task), psutil.Process().children(recursive=True)
+    capfd.readouterr()
+    assert cli.main([*argv, "--dry-run"]) == 2
+    out, err = capfd.readouterr()
+    says(err, words)
+    assert out == "" and listing(task) == before
+    assert psutil.Process().children(recursive=True) == children
+
+
+def command(task: Path, *argv: str) -> subprocess.CompletedProcess:
+    line = [str(Path(sys.executable).parent / "tokenppo"), *argv]
+    environment = os.environ | {"HOME": str(task / "home"), "PYTHONDONTWRITEBYTECODE": "1"}
+    return subprocess.run(line, cwd=task, env=environment, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [n for n in MISTAKES if "little" not in n])
+def test_the_command_itself_starts_nothing(name, task):
+    """Without --dry-run, as a process of its own: the same line, and neither a run folder nor a process is left."""
+    argv, words = prepared(task, name)
+    (task / "home").mkdir()
+    before = listing(task)
+    done = command(task, *argv)
+    assert done.returncode == 2, done.stdout + done.stderr
+    ours = [line for line in done.stderr.splitlines() if line.startswith("tokenppo: ")]
+    says("\n".join(ours), words)
+    assert "Traceback" not in done.stderr + done.stdout
+    assert {p for p in listing(task) - before if not p.startswith("home")} == set()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fn", "words"),
+    [("raises", "out of coffee"), ("is_nan", "nan"), ("too_long", "9")],
+)
+def test_a_reward_that_fails_while_it_runs_ends_with_4(fn, words, task):
+    done = command(task, "train", "--config", "config.yaml", "--rewards.mine.fn", f"rewards.py:{fn}")
+    assert done.returncode == 4, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("tokenppo: ") and "mine" in last and words in last, done.stderr
+    assert not list((task / "runs").rglob("final"))
+
+
+def test_a_right_configuration_passes(task, monkeypatch, capsys):
+    monkeypatch.chdir(task)
+    assert cli.main(["train", "--config", "config.yaml", "--dry-run"]) == 0
+    assert "mini-batches" in capsys.readouterr().out and not (task / "runs").exists()
+
+
+def test_a_tokenizer_without_a_pad_token_works(task, monkeypatch):
+    monkeypatch.chdir(task)
+    assert PreTrainedTokenizerFast.from_pretrained(task / "model").pad_token is None
+    assert cli.main(["train", "--config", "config.yaml", "--dry-run"]) == 0
+
+
+def test_at_least_thirty():
+    assert len(MISTAKES) >= 30
