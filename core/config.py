@@ -7,6 +7,7 @@ paths in a file are resolved against that file, those of overrides against the w
 """
 
 import difflib
+import json
 import os
 import re
 from pathlib import Path
@@ -145,14 +146,14 @@ class LogConfig(Section):
     trackers: list[Literal["tensorboard", "wandb"]] = ["tensorboard"]
     """Besides metrics.jsonl, which is always written."""
     project: str = "tokenppo"
-    """Project name in W&B."""
+    """Project name in W&B, and TensorBoard's folder in the run folder."""
 
 
 class ResourcesConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where models run; auto is cuda where there is one."""
     learner_threads: int | None = Field(None, ge=1)
-    """CPU threads of the learner; null is all cores."""
+    """CPU threads of each learner process; null is an equal share of the cores."""
     worker_threads: int | None = Field(None, ge=1)
     """CPU threads of each rollout worker; null is an equal share of the cores."""
     object_store_mb: int = Field(512, ge=80)
@@ -449,9 +450,8 @@ def markdown() -> str:
         "",
         "A YAML file (`--config`) gives sections of values, `--section.key VALUE` wins over it. Relative paths in a",
         "file are relative to that file, those on the command line to the working folder. A key that does not exist is",
-        "an error that names the nearest one; so is a value out of range, NaN, or a key given twice. `NAME` is the name",
-        "of a reward component: letters, digits and `_`. `config.yaml` in the run folder holds the whole configuration",
-        "of a run.",
+        "an error that names the nearest one; so is a value out of range, NaN, or a key given twice. `NAME` is the",
+        "name of a reward component: letters, digits and `_`. `config.yaml` in the run folder holds all keys of a run.",
     ]
     section = ""
     for key, (kind, default, text) in leaf_keys().items():
@@ -460,8 +460,9 @@ def markdown() -> str:
             lines += ["", f"## {head}", "", "| key | type | default | range | meaning |", "|---|---|---|---|---|"]
             section = head
         kind_name = type_name(kind).replace("|", "or")
-        shown = "required" if default == "required" else f"`{'null' if default is None else default}`"
-        lines.append(f"| `{leaf}` | {kind_name} | {shown} | {_range_of(key)} | {' '.join(text.split())} |")
+        shown = "required" if default == "required" else f"`{json.dumps(default)}`"
+        meaning = " ".join(text.split()).removesuffix(" Required.").replace("|", "\\|")
+        lines.append(f"| `{leaf}` | {kind_name} | {shown} | {_range_of(key)} | {meaning} |")
     return "\n".join(lines) + "\n"
 
 
@@ -469,7 +470,7 @@ def _range_of(key: str) -> str:
     """The bounds of a number, or of the length of a text: `>= 1, < 2`."""
     section, leaf = key.split(".")[0], key.rsplit(".", 1)[1]
     model = RewardConfig if section == "rewards" else Config.model_fields[section].annotation
-    signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+    signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<", "min_length": "length >="}
     bounds = [(sign, getattr(m, name, None)) for m in model.model_fields[leaf].metadata for name, sign in signs.items()]
     return ", ".join(f"{sign} {bound}" for sign, bound in bounds if bound is not None)
 
