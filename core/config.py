@@ -69,7 +69,7 @@ class RolloutConfig(Section):
     timeout_s: float = Field(600, gt=0)
     """Deadline of one chunk, of a worker's start, and of its replacement."""
     max_worker_losses: int = Field(8, ge=0)
-    """Workers that may die or hang during the run before it stops."""
+    """Workers of one learner process that may die or hang during the run before it stops."""
 
 
 class RewardConfig(Section):
@@ -188,7 +188,7 @@ class RunSection(Section):
     checks: bool = True
     """Stop when numbers that must be equal are not: log-probs of workers and learner, weights, the first ratio."""
     max_dropped_frac: float = Field(0.02, ge=0, lt=1)
-    """Share of the samples of a step that may be lost to failing rewards before the run stops."""
+    """Share of a learner process's samples in a step that may be lost to failing rewards before the run stops."""
 
     @property
     def folder(self) -> Path:

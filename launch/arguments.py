@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from core.config import Config, leaf_keys, load, nearest_key, parse_override, type_name
+from core.config import Config, leaf_keys, load, nearest_key, parse_override, read_yaml, type_name
 from core.faults import UserError
 
 ACCELERATE_FILES = Path(__file__).parent / "accelerate"
@@ -18,6 +18,13 @@ class TrainArguments:
     accelerate: str | None = None  # name or path of an accelerate file
     num_processes: int | None = None  # instead of what that file says
     overrides: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def learners(self) -> int:
+        """Learner processes that these options ask for."""
+        if self.accelerate is None or self.num_processes is not None:
+            return self.num_processes or 1
+        return int(read_yaml(Path(self.accelerate)).get("num_processes") or 1)
 
     def load(self) -> Config:
         return load(self.config, self.overrides)

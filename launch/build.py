@@ -1,7 +1,9 @@
 """Builds the parts of a run from its configuration: the one place where they are wired together."""
 
 import functools
+import hashlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from core.config import Config
@@ -118,6 +120,12 @@ def check_rewards(cfg: Config, functions: dict[str, Callable] | None = None, col
 def shares(cfg: Config, rank: int = 0, n_ranks: int = 1) -> Shares:
     """Which chunks and which workers are those of one learner rank."""
     return Shares(rank, n_ranks, cfg.rollout.workers, cfg.rollout.chunk_size)
+
+
+def source_digest(fn: str) -> str | None:
+    """Digest of the file of a reward `file.py:function`; None for one in an installed package, or handed over."""
+    file = Path(fn.rpartition(":")[0])
+    return hashlib.blake2b(file.read_bytes(), digest_size=16).hexdigest() if file.suffix == ".py" else None
 
 
 def rollouts(

@@ -79,7 +79,7 @@ def train(argv: list[str]) -> int:
     if args.dry_run:
         from launch.plan import plan
 
-        print(plan(cfg))
+        print(plan(cfg, args.learners))
         return 0
     if run_folder.examine(cfg).finished:
         print(run_folder.farewell(cfg.run.folder, run_folder.read_summary(cfg.run.folder), was_finished=True))
@@ -122,7 +122,10 @@ def _launch(argv: list[str], args: arguments.TrainArguments, cfg: Config) -> int
             _kill_orphans()
             ended = f", of the others {len(said)} were ended after it" if said else ""
             raise ProcessFault(f"a learner process died without a word: no memory left, or it was killed{ended}")
-        return next((code for code in said.values() if code not in (0, TERMINATED)), max(said.values(), default=1))
+        # A bug of ours on any rank is one; else what rank 0 says, which is the fault of whichever rank had it.
+        codes_by_rank = [said[rank] for rank in sorted(said, key=int)]
+        own = [code for code in codes_by_rank if code not in (0, TERMINATED)]
+        return 1 if 1 in own else next(iter(own), max(codes_by_rank, default=1))
 
 
 def _raise_terminated(signum: int, frame: object) -> None:

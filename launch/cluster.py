@@ -40,7 +40,7 @@ def launched() -> tuple[int, int]:
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def thread_plan(cfg: Config) -> tuple[int, int]:
+def thread_plan(cfg: Config, learners_here: int | None = None) -> tuple[int, int]:
     """CPU threads of (each learner process, each rollout worker).
 
     Learners and workers work in turn, so both share all cores; more threads than cores would slow each other more than
@@ -48,7 +48,7 @@ def thread_plan(cfg: Config) -> tuple[int, int]:
     """
     if cfg.run.deterministic:
         return 1, 1
-    learners_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    learners_here = learners_here or int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     learner = cfg.resources.learner_threads or max(1, cores() // learners_here)
     return learner, cfg.resources.worker_threads or max(1, cores() // cfg.rollout.workers)
 

@@ -32,7 +32,9 @@ def join(cfg: Config, stack: ExitStack, note: Callable[[str], None]) -> tuple[Ac
     device = cluster.device(cfg)
     deepspeed = _flag("ACCELERATE_USE_DEEPSPEED")
     _refuse(device, deepspeed)
-    if os.environ.get("ACCELERATE_MIXED_PRECISION", "no") not in ("no", {"bfloat16": "bf16"}.get(cfg.model.dtype)):
+    rank, world = cluster.launched()
+    ours = "bf16" if cfg.model.dtype == "bfloat16" else "no"
+    if os.environ.get("ACCELERATE_MIXED_PRECISION", "no") not in ("no", ours) and rank == 0:
         note(f"the mixed_precision of the accelerate file is not used: model.dtype is {cfg.model.dtype}")
     torch.manual_seed(cfg.run.seed)
     torch.set_num_threads(cluster.thread_plan(cfg)[0])
@@ -42,7 +44,6 @@ def join(cfg: Config, stack: ExitStack, note: Callable[[str], None]) -> tuple[Ac
     group = InitProcessGroupKwargs(timeout=timedelta(seconds=cfg.resources.collective_timeout_s))
     if device == "cpu":
         group.backend = "gloo"  # unnamed, every rank under DeepSpeed would take itself for the only one
-    world = cluster.launched()[1]
     try:
         accelerator = Accelerator(
             cpu=device == "cpu" and not deepspeed,
@@ -75,7 +76,7 @@ def _flag(name: str) -> bool:
 
 def _refuse(device: str, deepspeed: bool) -> None:
     """Raise UserError for launches that are known not to work, before anything waits for anything."""
-    rank, world = cluster.launched()
+    world = cluster.launched()[1]
     asked = asked_for()
     if asked is not None and asked > world:
         raise UserError(
@@ -95,8 +96,8 @@ def _refuse(device: str, deepspeed: bool) -> None:
         raise UserError(f"{here} learner processes were launched on a machine with {torch.cuda.device_count()} GPUs")
     if deepspeed:
         stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
-        if stage not in ("0", "1", "2"):
-            raise UserError(f"zero_stage = {stage} in the accelerate file: this version trains with 0, 1 or 2")
+        if stage not in ("1", "2"):
+            raise UserError(f"zero_stage = {stage} in the accelerate file: this version trains with 1 or 2")
         for tool in ("g++", "ninja"):
             if device == "cpu" and shutil.which(tool) is None:
                 raise UserError(

@@ -6,8 +6,11 @@ from launch import build, cluster, room, run_folder
 GIB = 2**30
 
 
-def plan(cfg: Config) -> str:
-    """The plan as text. Checks what a run would check before it starts processes; writes nothing. Raises UserError."""
+def plan(cfg: Config, learners: int = 1) -> str:
+    """The plan as text, for so many learner processes. Writes nothing.
+
+    Raises UserError for all that a run would check before it starts processes.
+    """
     cluster.device(cfg)
     run_folder.examine(cfg)
     build.check_rewards(cfg)
@@ -16,7 +19,7 @@ def plan(cfg: Config) -> str:
     build.check_rewards(cfg, columns=prompts.columns)
     n_parameters, n_layers, n_vocab = build.model_size(cfg.model.path)
     room.refuse_too_little(cfg, n_parameters)
-    learner_threads, worker_threads = cluster.thread_plan(cfg)
+    learner_threads, worker_threads = cluster.thread_plan(cfg, learners)
     batch, mini, micro = cfg.rollout.batch_size, cfg.ppo.mini_batch_size, cfg.ppo.micro_batch_size
     n_mini = batch // mini
     # float32: weights, gradients, two moments of AdamW; then the frozen reference.
@@ -33,8 +36,9 @@ def plan(cfg: Config) -> str:
         if held_out
         else "held out   none: no evaluation (data.eval_path)",
         f"rewards    {rewards}; less {cfg.ppo.kl_coef:g} x KL",
-        f"processes  1 learner ({learner_threads} threads), {cfg.rollout.workers} rollout workers"
-        f" ({worker_threads} threads each), 1 reward server",
+        f"processes  {learners} learner{'s' * (learners > 1)} ({learner_threads} threads),"
+        f" {cfg.rollout.workers} rollout workers ({worker_threads} threads each),"
+        f" {learners} reward server{'s' * (learners > 1)}",
         f"one step   {cfg.prompts_per_step} prompts x {cfg.rollout.n_samples_per_prompt} samples = {batch} responses"
         f" in {-(-batch // cfg.rollout.chunk_size)} chunks of {cfg.rollout.chunk_size}, up to"
         f" {cfg.rollout.max_new_tokens} tokens each",
@@ -42,9 +46,9 @@ def plan(cfg: Config) -> str:
         f" optimizer steps; forward passes of {micro}",
         f"run        {cfg.run.steps} steps, {cfg.optimizer_steps} optimizer steps,"
         f" lr {cfg.optim.lr:g} {cfg.optim.schedule}",
-        f"memory     learner about {learner / GIB:.2g} GiB for weights, gradients, AdamW and reference, and"
+        f"memory     each learner about {learner / GIB:.2g} GiB for weights, gradients, AdamW and reference, and"
         f" {logits / GIB:.2g} GiB for logits; each worker {n_parameters * width / GIB:.2g} GiB for weights",
-        f"files      {cfg.run.folder}/: config.yaml, metrics.jsonl, summary.json, best/, final/"
+        f"files      {cfg.run.folder}/: config.yaml, metrics.jsonl, summary.json, checkpoints/, best/, final/"
         + (f"; {', '.join(cfg.log.trackers)}" if cfg.log.trackers else ""),
     ]
     return "\n".join(lines)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from accelerate import Accelerator
 from rich.console import Console
 
@@ -101,10 +102,18 @@ def run(cfg: Config, inline: Inline = Inline()) -> RunResult:
         found = ranks.from_main(found)
         if found.finished:
             return RunResult(job.folder, run_folder.read_summary(job.folder), was_finished=True)
-        summary: dict[str, Any] = {"eval": {}, "seconds": {}, "steps": 0, "exit": 1, "resumed_from": None}
+        with ranks.together():
+            saved = _go_on_from(job, found) if ranks.is_main else None
+        saved = ranks.from_main(saved)
+        resumed_from = saved.step if saved else 0 if found.started else None
+        reached = saved.state["eval"] if saved else {}
+        summary = {"eval": reached, "seconds": {}, "steps": resumed_from or 0, "exit": 1, "resumed_from": resumed_from}
         with ranks.together():
             if ranks.is_main:
                 stack.enter_context(run_folder.opened(cfg))
+                if found.started:
+                    dropped = run_folder.drop_after(job.folder, resumed_from)
+                    console.print(_where_it_goes_on(job.folder, saved, dropped), markup=False, soft_wrap=True)
         try:
             with ranks.together():
                 if ranks.is_main:
@@ -112,7 +121,11 @@ def run(cfg: Config, inline: Inline = Inline()) -> RunResult:
                         if rows is not None:
                             run_folder.write_rows(Path(path), rows)
             with ExitStack() as parts:
-                _train(job, found, parts, summary)
+                try:
+                    _train(job, found, saved, parts, summary)
+                except BaseException:  # whatever it is: what was started is ended after it
+                    _end_undisturbed(stack)
+                    raise
             summary["exit"] = 0
         except BaseException as error:
             summary |= {"exit": exit_code_of(error), "error": f"{type(error).__name__}: {error}".removesuffix(": ")}
@@ -138,7 +151,9 @@ def _read_input(cfg: Config, inline: Inline) -> dict[str, Any]:
     return {"tokenizer": tokenizer, "prompts": prompts, "held_out": held_out}
 
 
-def _train(job: Job, found: run_folder.Found, parts: ExitStack, summary: dict[str, Any]) -> None:
+def _train(
+    job: Job, found: run_folder.Found, saved: Checkpoint | None, parts: ExitStack, summary: dict[str, Any]
+) -> None:
     """Start the parts, train, write `final/`. `parts` ends all that was started, whatever happens."""
     started = time.perf_counter()
     cfg, ranks, folder, console = job.cfg, job.ranks, job.folder, job.console
@@ -148,9 +163,6 @@ def _train(job: Job, found: run_folder.Found, parts: ExitStack, summary: dict[st
     def note(text: str) -> None:  # the log takes over once it is open
         tell[-1](text)
 
-    with ranks.together():
-        saved = _go_on_from(job, found, note) if ranks.is_main else None
-    saved = ranks.from_main(saved)
     if ranks.is_main:
         console.print(f"{folder}: starting Ray, {_parts_in_words(cfg, ranks)}", soft_wrap=True)
     exchange = _join_ray(job, parts)
@@ -171,22 +183,31 @@ def _train(job: Job, found: run_folder.Found, parts: ExitStack, summary: dict[st
     else:
         followers = tuple(range(1, min(ranks.size, cfg.rollout.workers)))
         transport = ObjectStoreTransport(rollouts, cfg.sync.timeout_s, exchange, followers)
+    # No longer than a response, so that it fits into any window.
+    probe = make_probe(job.held_out or job.prompts, min(PROBE_TOKENS, cfg.rollout.max_new_tokens))
+    reference = learner.reference_logprobs(probe)
     publisher = WeightPublisher(
         learner,
         transport,
-        make_probe(job.held_out or job.prompts, min(PROBE_TOKENS, cfg.rollout.max_new_tokens)),  # fits into any window
+        probe,
         bucket_bytes=int(cfg.sync.bucket_mb * 2**20),
         tolerance=learner.probe_tolerance,
         drives_workers=bool(share.workers),
     )
     state = TrainState.fresh(cfg)
     if saved is not None:
+        moved = float(np.abs(np.array(saved.state["reference"], dtype=np.float32) - reference).max())
+        if not moved <= learner.probe_tolerance:
+            raise UserError(
+                f"model.path = {cfg.model.path}: not the model that the run in {folder} was begun with (log-probs of"
+                f" the reference differ by {moved:.2g}), and the KL would be against another one; put it back"
+            )
         learner.load_state(saved.folder / "learner", step=saved.step)
         state.restore(saved.state["train"])
         job.prompts.position = saved.state["prompts"]["position"]
-        summary["eval"] = saved.state["eval"]
-    summary |= {"resumed_from": saved.step if saved else 0 if found.started else None, "steps": learner.step}
     summary["seconds"]["start"] = round(time.perf_counter() - started, 3)
+
+    inputs = _fingerprints(job) if ranks.is_main else {}
 
     def on_eval(step: int, means: dict[str, float]) -> None:
         shown = summary_of(means) | {"step": step}
@@ -206,7 +227,9 @@ def _train(job: Job, found: run_folder.Found, parts: ExitStack, summary: dict[st
                 "ranks": ranks.size,
                 "engine": job.accelerator.distributed_type.value,
                 "train": state.to_json(),
-                "prompts": {"position": job.prompts.position, "fingerprint": job.prompts.fingerprint},
+                "prompts": {"position": job.prompts.position},
+                "inputs": inputs,
+                "reference": reference.tolist(),
                 "eval": summary["eval"],
                 "trackers": trackers.ids if trackers else {},
                 "config": cfg.model_dump(mode="json"),
@@ -244,9 +267,6 @@ def _train(job: Job, found: run_folder.Found, parts: ExitStack, summary: dict[st
                 on_eval=on_eval,
                 on_step=on_step,
             )
-        except BaseException:
-            _finish_undisturbed()
-            raise
         finally:
             del tell[1:]
             summary["steps"] = learner.step
@@ -259,12 +279,17 @@ def _train(job: Job, found: run_folder.Found, parts: ExitStack, summary: dict[st
     ranks.gather(None)
 
 
-def _go_on_from(job: Job, found: run_folder.Found, note: Callable[[str], None]) -> Checkpoint | None:
-    """The checkpoint to go on from, None to begin; what was written after it is taken back. On rank 0."""
+def _go_on_from(job: Job, found: run_folder.Found) -> Checkpoint | None:
+    """The checkpoint to go on from, None to begin. On rank 0; changes nothing.
+
+    Raises UserError where it does not fit this launch or these prompts.
+    """
     if not found.started:
         return None
     cfg, folder, ranks = job.cfg, job.folder, job.ranks
-    saved = checkpoint.latest(folder / run_folder.CHECKPOINTS, note)
+    saved = checkpoint.latest(
+        folder / run_folder.CHECKPOINTS, lambda text: job.console.print(text, markup=False, soft_wrap=True)
+    )
     if saved is not None:
         engine = job.accelerator.distributed_type.value
         was, now = ((saved.state["ranks"], saved.state["engine"]), (ranks.size, engine))
@@ -273,19 +298,37 @@ def _go_on_from(job: Job, found: run_folder.Found, note: Callable[[str], None]) 
                 f"{saved.folder} was written by {was[0]} learner processes as {was[1]}, this launch has {now[0]} as"
                 f" {now[1]}: DeepSpeed reads back only its own shards; launch as before, or give another --run.name"
             )
-        if saved.state["prompts"]["fingerprint"] != job.prompts.fingerprint:
-            raise UserError(
-                f"data.path = {cfg.data.path}: its prompts are not those that the run in {folder} was begun with; put"
-                " them back, or give another --run.name"
-            )
-    step = saved.step if saved is not None else 0
-    dropped = run_folder.drop_after(folder, step)
-    where = f"going on from step {step}" if saved else "it stopped before its first checkpoint and begins again"
-    note(
-        f"{folder} holds this run: {where}"
-        + (f"; {dropped} later rows of metrics.jsonl are dropped" if dropped else "")
-    )
+        was_fed, now_fed = saved.state["inputs"], _fingerprints(job)
+        for key, path in (("data.path", cfg.data.path), ("data.eval_path", cfg.data.eval_path)):
+            if was_fed[key] != now_fed[key]:
+                raise UserError(
+                    f"{key} = {path}: its prompts are not those that the run in {folder} was begun with; put them"
+                    " back, or give another --run.name"
+                )
+        for name in was_fed["rewards"]:
+            if was_fed["rewards"][name] != now_fed["rewards"][name]:
+                job.console.print(
+                    f"warning: rewards.{name}.fn = {cfg.rewards[name].fn}: its source is not what it was at step"
+                    f" {saved.step}; from here on it pays by the new one",
+                    markup=False,
+                    soft_wrap=True,
+                )
     return saved
+
+
+def _where_it_goes_on(folder: Path, saved: Checkpoint | None, dropped: int) -> str:
+    text = f"going on from step {saved.step}" if saved else "it stopped before its first checkpoint and begins again"
+    rows = f"; {dropped} later rows of metrics.jsonl are dropped" if dropped else ""
+    return f"{folder} holds this run: {text}{rows}"
+
+
+def _fingerprints(job: Job) -> dict[str, Any]:
+    """Of what a run is fed with: the configuration names it, and may name something else under the same name later."""
+    return {
+        "data.path": job.prompts.fingerprint,
+        "data.eval_path": job.held_out.fingerprint if job.held_out else None,
+        "rewards": {name: build.source_digest(spec.fn) for name, spec in job.cfg.rewards.items()},
+    }
 
 
 def _join_ray(job: Job, parts: ExitStack) -> Exchange | None:
@@ -330,7 +373,8 @@ def _parts_in_words(cfg: Config, ranks: Ranks) -> str:
     return f"{count(cfg.rollout.workers, 'rollout worker')}, {server} and {learner}"
 
 
-def _finish_undisturbed() -> None:
-    """The run is ending: the SIGTERM with which a launcher ends the ranks that are left must not cut that short."""
+def _end_undisturbed(stack: ExitStack) -> None:
+    """The SIGTERM with which a launcher ends the ranks that are left must not cut the end short; until `stack` closes,
+    as a notebook lives on after it."""
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        stack.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, signal.SIG_IGN))

@@ -41,7 +41,7 @@ def main(argv: list[str]) -> int:
         if args.dry_run:
             from launch.plan import plan
 
-            print(plan(cfg))
+            print(plan(cfg, max(args.learners, cluster.launched()[1])))
             return 0
         from launch.run import run
 
@@ -60,7 +60,8 @@ def _terminate(signum: int, frame: object) -> None:
 
 
 def _say(error: BaseException) -> None:
-    if cluster.launched()[0]:  # rank 0 raises what this rank raised, and says it
+    # Rank 0 says what all ranks raise. What this one met alone is said here, once for each machine.
+    if cluster.launched()[0] and (getattr(error, "known_to_all", False) or os.environ.get("LOCAL_RANK") != "0"):
         return
     text = str(error) if isinstance(error, Fault) else "stopped before the end; all processes of this run were ended"
     for line in text.splitlines():

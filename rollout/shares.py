@@ -7,6 +7,7 @@ r mod W, its host.
 
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -115,7 +116,8 @@ class Rollouts:
                     yield chunk
                 else:
                     self._exchange.post(("chunks", rank), [chunk])
-        except Exception:
+        except (Exception, GeneratorExit):  # a failure here, or of whoever takes the chunks; it goes on as it is
             for guest in shares.guests:  # nothing more will come: they need not wait for their deadline
-                self._exchange.post(("chunks", guest), [])
+                with suppress(ProcessFault):  # a broken exchange comes of the failure and must not hide it
+                    self._exchange.post(("chunks", guest), [])
             raise

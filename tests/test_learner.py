@@ -32,10 +32,7 @@ def configured(**overrides: object) -> Config:
     return load(
         None,
         {
-            "model.path": "m",
-            "model.dtype": "float32",
-            "data.path": "d.jsonl",
-            "rewards.a.fn": "r.py:f",
+            **tiny_models.LEARNER_SETTINGS,
             "rollout.batch_size": N,
             "ppo.mini_batch_size": N,
             "ppo.micro_batch_size": 4,

@@ -86,6 +86,10 @@ def make_requests(n: int, *, seed: int = 0, shortest: int = 2) -> list[PromptReq
     ]
 
 
+# Of a learner that gets its models and its batch from here: the paths are never read.
+LEARNER_SETTINGS = {"model.path": "m", "model.dtype": "float32", "data.path": "d.jsonl", "rewards.a.fn": "r.py:f"}
+
+
 def roll_out(engine: TransformersEngine, n: int) -> list[Trajectory]:
     """What the engine writes to `n` random prompts, scored by one component "a" with random numbers."""
     rng, asked, out = np.random.default_rng(1), make_requests(n), []

@@ -12,11 +12,13 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError
 
 from core.faults import StorageFault
 
@@ -108,17 +110,18 @@ def save(folder: Path, learner: "Learner", state: dict[str, Any], *, keep: int) 
 
 
 @contextmanager
-def _storage(folder: Path):
+def _storage(folder: Path) -> Iterator[None]:
+    """What the system and the writers of torch and safetensors raise when a disk takes no more, as StorageFault."""
     try:
         yield
-    except OSError as error:
+    except (OSError, SafetensorError, RuntimeError) as error:
+        words = str(error).splitlines()[0]
+        # torch's writer raises a plain RuntimeError, as much else does: it names its own source file or class.
+        if type(error) is RuntimeError and "inline_container" not in words and "PytorchStreamWriter" not in words:
+            raise
         raise StorageFault(
-            f"{folder}: a checkpoint could not be written ({error}); make room and start the same command again"
+            f"{folder} could not be written ({words}); make room and start the same command again"
         ) from None
-    except RuntimeError as error:  # torch's writer has its own words for a full disk
-        if "PytorchStreamWriter" in str(error) or "write" in str(error):
-            raise StorageFault(f"{folder}: a checkpoint could not be written ({str(error).splitlines()[0]})") from None
-        raise
 
 
 def _digest(file: Path) -> str:

@@ -294,11 +294,21 @@ class Learner:
     @torch.no_grad()
     def probe_logprobs(self, probe: Probe) -> np.ndarray:
         """[1, T] float32 log-probs of the fixed response under the policy, as a worker must compute them."""
-        ids = torch.from_numpy(np.concatenate([probe.prompt_ids, probe.response_ids], axis=1)).to(self.device)
-        n = probe.response_ids.shape[1]
-        lengths = torch.tensor([probe.prompt_ids.shape[1]], device=self.device)
-        out = self._engine(ids, lengths, torch.tensor([n], device=self.device), n, self.cfg.rollout.temperature)
+        ids, lengths, n = self._probe_input(probe)
+        out = self._engine(ids, *lengths, n, self.cfg.rollout.temperature)
         return out[0].float().cpu().numpy()
+
+    @torch.no_grad()
+    def reference_logprobs(self, probe: Probe) -> np.ndarray:
+        """[1, T] float32, the same under the frozen reference: which model it is, at the cost of one forward."""
+        ids, lengths, n = self._probe_input(probe)
+        logits, _ = self._ref(ids, *lengths, n)
+        return logprobs_from_logits(logits, ids[:, -n:], self.cfg.rollout.temperature).float().cpu().numpy()
+
+    def _probe_input(self, probe: Probe) -> tuple[Tensor, tuple[Tensor, Tensor], int]:
+        ids = torch.from_numpy(np.concatenate([probe.prompt_ids, probe.response_ids], axis=1)).to(self.device)
+        n_prompt, n = probe.prompt_ids.shape[1], probe.response_ids.shape[1]
+        return ids, tuple(torch.tensor([x], device=self.device) for x in (n_prompt, n)), n
 
     def save_state(self, folder: Path) -> None:
         """What the next step depends on here: parameters, AdamW, RNG. All ranks call it; each writes its own.

@@ -63,7 +63,8 @@ class Ranks:
         """A block in which each rank works alone. It ends well on all ranks or on none.
 
         Raises:
-            Fault: this rank's own, or that of another rank with its number, under the same class and exit code.
+            Fault: this rank's own, or that of another rank with its number, under the same class and exit code. Its
+                attribute `known_to_all` says that every rank raises it.
         """
         if self.size == 1:
             yield
@@ -80,11 +81,14 @@ class Ranks:
                 raise mine from None
             raise
         if mine is not None:
+            mine.known_to_all = True
             raise mine
         for index, fault in enumerate(words):
             if fault is not None:
                 kind, text = fault
-                raise getattr(faults, kind)(f"learner rank {index}: {text}")
+                error = getattr(faults, kind)(f"learner rank {index}: {text}")
+                error.known_to_all = True
+                raise error
 
     @contextmanager
     def _peers(self, what: str) -> Iterator[None]:

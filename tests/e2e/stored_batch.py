@@ -32,10 +32,7 @@ def configured(case: dict) -> object:
     return load(
         None,
         {
-            "model.path": "m",
-            "model.dtype": "float32",
-            "data.path": "d.jsonl",
-            "rewards.a.fn": "r.py:f",
+            **tiny_models.LEARNER_SETTINGS,
             "rollout.batch_size": N,
             "ppo.mini_batch_size": case.get("mini", N),
             "ppo.micro_batch_size": case["micro"],

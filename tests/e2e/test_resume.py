@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -149,11 +150,40 @@ def test_more_steps_go_on_and_other_settings_or_prompts_are_refused(task, tmp_pa
         assert other.end(60) == 2 and "its prompts are not those" in other.words(), other.words()
     finally:
         (task / "prompts.jsonl").write_text(prompts)
-    before.pop(folder / "summary.json"), before.pop(folder / "config.yaml")
-    assert all(path.read_bytes() == data for path, data in before.items())
+    assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before  # summary.json among them
     longer = start(task, folder, "--run.steps", "3", "--log.trackers", "[]")
     assert longer.end(240) == 0, longer.words()
     assert longer.summary()["resumed_from"] == 2 and [row["step"] for row in longer.rows()] == [1, 2, 3]
+
+
+@pytest.mark.slow
+def test_another_model_or_reward_under_the_old_name_does_not_go_unnoticed(task, tmp_path):
+    """The configuration is the same; the KL would be against another reference, the reward another function."""
+    copy = tmp_path / "task"
+    shutil.copytree(task, copy)
+    first = start(copy, tmp_path / "r", "--run.steps", "1", "--log.trackers", "[]")
+    assert first.end(240) == 0, first.words()
+    tiny_models.save_model(copy / "model", "gpt2", seed=7)
+    other = start(copy, tmp_path / "r", "--run.steps", "2", "--log.trackers", "[]")
+    assert other.end(120) == 2 and "not the model that the run in" in other.words(), other.words()
+    tiny_models.save_model(copy / "model", "gpt2")
+    (copy / "rewards.py").write_text(REWARDS + "\n# paid otherwise\n")
+    paid = start(copy, tmp_path / "r", "--run.steps", "2", "--log.trackers", "[]")
+    assert paid.end(240) == 0, paid.words()
+    assert "warning: rewards.vowels.fn" in paid.words() and "its source is not what it was at step 1" in paid.words()
+    assert paid.summary()["resumed_from"] == 1
+
+
+@pytest.mark.slow
+def test_one_process_goes_on_from_what_two_wrote(task, whole, tmp_path):
+    """Under DDP every rank holds all: the number of ranks may change, the numbers do but by rounding."""
+    two = start(task, tmp_path / "r", "--accelerate", "ddp", "--run.steps", "2", "--log.trackers", "[]")
+    assert two.end(240) == 0, two.words()
+    one = start(task, tmp_path / "r", "--run.steps", "3", "--log.trackers", "[]")
+    assert one.end(240) == 0, one.words()
+    assert one.summary()["resumed_from"] == 2 and [row["step"] for row in one.rows()] == [1, 2, 3]
+    sharded = start(task, tmp_path / "r", "--accelerate", "zero2", "--run.steps", "4", "--log.trackers", "[]")
+    assert sharded.end(120) == 2 and "DeepSpeed reads back only its own shards" in sharded.words(), sharded.words()
 
 
 @pytest.mark.slow
