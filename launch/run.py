@@ -357,7 +357,7 @@ def _write_processes(job: Job, pids: dict[str, int]) -> None:
     of_ranks = job.ranks.gather(pids | {f"learner{_of(job.ranks.index)}": os.getpid()})
     if job.ranks.is_main:
         merged = {name: pid for pids in of_ranks for name, pid in pids.items()}
-        (job.folder / "processes.json").write_text(json.dumps(merged))
+        run_folder.write_whole(job.folder / "processes.json", json.dumps(merged) + "\n")
 
 
 def _of(rank: int) -> str:

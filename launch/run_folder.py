@@ -137,7 +137,7 @@ def drop_after(folder: Path, step: int) -> int:
     kept = [row for row in rows if row["step"] <= step]
     text = "".join(json.dumps(row) + "\n" for row in kept)
     if path.is_file() and path.read_text(encoding="utf-8") != text:
-        _write_whole(path, text)
+        write_whole(path, text)
     return len(rows) - len(kept)
 
 
@@ -189,7 +189,7 @@ def write_summary(folder: Path, summary: dict[str, Any]) -> None:
             return {key: clean(item) for key, item in value.items()}
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
-    _write_whole(folder / "summary.json", json.dumps(clean(summary), indent=2, allow_nan=False) + "\n")
+    write_whole(folder / "summary.json", json.dumps(clean(summary), indent=2, allow_nan=False) + "\n")
 
 
 def tracker_ids(folder: Path) -> dict[str, str]:
@@ -200,10 +200,11 @@ def tracker_ids(folder: Path) -> dict[str, str]:
 
 def write_tracker_ids(folder: Path, ids: dict[str, str]) -> None:
     if ids:
-        _write_whole(folder / "trackers.json", json.dumps(ids) + "\n")
+        write_whole(folder / "trackers.json", json.dumps(ids) + "\n")
 
 
-def _write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str) -> None:
+    """A file that a reader, or the next start, finds whole or not at all. Raises: StorageFault."""
     temporary = path.with_name(f".{path.name}.new")
     try:
         temporary.write_text(text, encoding="utf-8")

@@ -30,8 +30,10 @@ class Run:
         return self.out.read_text(errors="replace")
 
     def rows(self) -> list[dict]:
+        """The whole rows so far: what is read beside the writer may end in the middle of one."""
         path = self.folder / "metrics.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        whole = path.read_text().rpartition("\n")[0] if path.exists() else ""
+        return [json.loads(line) for line in whole.splitlines()]
 
     def summary(self) -> dict:
         return json.loads((self.folder / "summary.json").read_text())
