@@ -14,8 +14,8 @@ from pathlib import Path
 
 from core.config import Config
 from core.faults import INTERRUPTED, TERMINATED, Fault, ProcessFault
-from launch import arguments, run_folder
-from launch.cluster import EXIT_CODE_FOLDER, adopt_orphans, cores, die_with_parent
+from launch import arguments, early, run_folder
+from launch.cluster import EXIT_CODE_FOLDER, adopt_orphans, cores, die_with_parent, prepare_environment, prepare_hub
 
 GRACE_S = 8.0  # between the first signal and the killing of what is left
 
@@ -75,7 +75,9 @@ def train(argv: list[str]) -> int:
         print(arguments.help_text())
         return 0
     cfg = args.load()
-    run_folder.refuse_missing(cfg)
+    early.refuse(cfg)
+    prepare_environment()
+    prepare_hub(cfg)
     if args.dry_run:
         from launch.plan import plan
 

@@ -1,19 +1,21 @@
 """What a run would do, in words and numbers, without doing any of it: `tokenppo train --dry-run`."""
 
 from core.config import Config
-from launch import build, cluster, room, run_folder
+from launch import cluster, early, room
 
 GIB = 2**30
 
 
 def plan(cfg: Config) -> str:
     """The plan as text. Checks what a run would check before it starts processes; writes nothing. Raises UserError."""
+    early.refuse(cfg)
+    early.check_rewards(cfg)
     cluster.device(cfg)
-    run_folder.examine(cfg)
-    build.check_rewards(cfg)
+    from launch import build  # seconds of imports: what needs none of them was asked before
+
     tokenizer = build.load_tokenizer(cfg.model.path)
     prompts, held_out = build.prompt_streams(cfg, tokenizer)
-    build.check_rewards(cfg, columns=prompts.columns)
+    early.check_rewards(cfg, columns=prompts.columns)
     n_parameters, n_layers, n_vocab = build.model_size(cfg.model.path)
     room.refuse_too_little(cfg, n_parameters)
     learner_threads, worker_threads = cluster.thread_plan(cfg)
@@ -25,6 +27,7 @@ def plan(cfg: Config) -> str:
     logits = micro * cfg.rollout.max_new_tokens * n_vocab * 4 * 3
     rewards = ", ".join(f"{name} x {spec.weight:g}" for name, spec in cfg.rewards.items())
     epochs = batch * cfg.run.steps / cfg.rollout.n_samples_per_prompt / len(prompts.rows)
+    store = f"{cfg.resources.object_store_mb} MiB" if cfg.resources.ray_address is None else cfg.resources.ray_address
     lines = [
         f"model      {cfg.model.path}: {n_parameters / 1e6:.2f} M parameters, {n_layers} layers, {cfg.model.dtype}",
         f"prompts    {len(prompts.rows)} rows of {cfg.data.path}; the run sees each {epochs:.1f} times",
@@ -33,6 +36,7 @@ def plan(cfg: Config) -> str:
         if held_out
         else "held out   none: no evaluation (data.eval_path)",
         f"rewards    {rewards}; less {cfg.ppo.kl_coef:g} x KL",
+        "           components are loaded and compared with the columns, not called: a wrong answer ends the run with 4",
         f"processes  1 learner ({learner_threads} threads), {cfg.rollout.workers} rollout workers"
         f" ({worker_threads} threads each), 1 reward server",
         f"one step   {cfg.prompts_per_step} prompts x {cfg.rollout.n_samples_per_prompt} samples = {batch} responses"
@@ -44,6 +48,8 @@ def plan(cfg: Config) -> str:
         f" lr {cfg.optim.lr:g} {cfg.optim.schedule}",
         f"memory     learner about {learner / GIB:.2g} GiB for weights, gradients, AdamW and reference, and"
         f" {logits / GIB:.2g} GiB for logits; each worker {n_parameters * width / GIB:.2g} GiB for weights",
+        f"shared     {store} for Ray's objects; a weight sync passes {n_parameters * width / GIB:.2g} GiB through it,"
+        " and what does not fit goes over the disk",
         f"files      {cfg.run.folder}/: config.yaml, metrics.jsonl, summary.json, best/, final/"
         + (f"; {', '.join(cfg.log.trackers)}" if cfg.log.trackers else ""),
     ]
