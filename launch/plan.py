@@ -36,7 +36,7 @@ def plan(cfg: Config) -> str:
         if held_out
         else "held out   none: no evaluation (data.eval_path)",
         f"rewards    {rewards}; less {cfg.ppo.kl_coef:g} x KL",
-        "           components are loaded and compared with the columns, not called: a wrong answer ends the run with 4",
+        "           loaded and compared with the columns, not called: a wrong answer ends the run with exit 4",
         f"processes  1 learner ({learner_threads} threads), {cfg.rollout.workers} rollout workers"
         f" ({worker_threads} threads each), 1 reward server",
         f"one step   {cfg.prompts_per_step} prompts x {cfg.rollout.n_samples_per_prompt} samples = {batch} responses"

@@ -13,6 +13,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 import tiny_models
+from cards_run import ROOT
 from core import config, faults
 from core.faults import ProcessFault, UserError
 from launch import cli, cluster, room
