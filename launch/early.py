@@ -36,6 +36,9 @@ def refuse(cfg: Config) -> None:
     room.refuse_too_little_shared_memory(cfg)
     folder = Path(cfg.model.path)
     config = refuse_model_folder(cfg) if folder.is_dir() else None
+    if config is not None and (folder / WEIGHT_FILES[0]).is_file():
+        # Eight bytes a parameter is more than any dtype takes: certainly no fewer parameters than this.
+        room.refuse_too_little_disk(cfg, (folder / WEIGHT_FILES[0]).stat().st_size // 8)
     refuse_prompts(cfg, config)
     if cfg.resources.ray_address:
         cluster.refuse_unreachable(cfg.resources.ray_address)
