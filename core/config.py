@@ -26,6 +26,19 @@ class Section(BaseModel):
         extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True, protected_namespaces=()
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, values: Any) -> Any:
+        """pydantic would take True for 1, which nobody means who writes `steps: true`."""
+        for name, value in values.items() if isinstance(values, dict) else ():
+            field = cls.model_fields.get(str(name))
+            kinds = {field.annotation, *get_args(field.annotation)} if field else set()
+            if isinstance(value, bool) and bool not in kinds and kinds & {int, float}:
+                raise PydanticCustomError(
+                    "truth", "{remedy}", {"leaf": name, "value": value, "remedy": "must be a number, not true or false"}
+                )
+        return values
+
 
 class ModelConfig(Section):
     path: str = Field(min_length=1)
@@ -225,13 +238,14 @@ class Config(Section):
             near = [v for v in (batch // n * n, batch // n * n + n) if v]
             refuse("rollout.batch_size", batch, f"no multiple of rollout.n_samples_per_prompt {n}; nearest are {near}")
         if batch % mini:
-            divisors = [d for d in range(1, batch + 1) if batch % d == 0]
-            near = sorted(sorted(divisors, key=lambda d: abs(d - mini))[:2])
+            near = _nearest_divisors(batch, mini)
             refuse("ppo.mini_batch_size", mini, f"does not divide rollout.batch_size {batch}; nearest are {near}")
         if self.ppo.target_kl is not None and self.ppo.kl_horizon < batch:
             refuse(
                 "ppo.kl_horizon", self.ppo.kl_horizon, f"is less than one batch: at least {batch} keeps kl_coef above 0"
             )
+        if not all(0 <= beta < 1 for beta in self.optim.betas):
+            refuse("optim.betas", list(self.optim.betas), "both must be at least 0 and less than 1, e.g. [0.9, 0.95]")
         if not self.rewards:
             refuse("rewards", "{}", "is empty: name at least one component, e.g. --rewards.mine.fn my_rewards.py:fn")
         if not any(r.weight for r in self.rewards.values()):
@@ -243,6 +257,16 @@ class Config(Section):
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", self.run.name):
             refuse("run.name", self.run.name, "must begin with a letter or digit and go on with those, '.', '_' or '-'")
         return self
+
+
+def _nearest_divisors(n: int, wanted: int) -> list[int]:
+    """Up to two divisors of n next to `wanted`, in time that a mistyped n of twenty digits cannot stretch."""
+    near: list[int] = []
+    for distance in range(1, 100_000):
+        near += [d for d in (wanted - distance, wanted + distance) if 0 < d <= n and n % d == 0]
+        if len(near) >= 2:
+            break
+    return sorted(near[:2]) or sorted({1, n})
 
 
 def leaf_keys() -> dict[str, tuple[Any, Any, str]]:
@@ -315,7 +339,9 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=deep)
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, (list, dict)):
+                raise yaml.constructor.ConstructorError(None, None, "a key must be a word", key_node.start_mark)
             if key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"`{key}` appears twice", key_node.start_mark)
             seen.add(key)
@@ -338,7 +364,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f":{mark.line + 1}" if mark else ""
-        raise UserError(f"--config {path}{where}: not valid YAML ({getattr(error, 'problem', error)})") from None
+        reason = getattr(error, "problem", None) or " ".join(str(error).split())
+        raise UserError(f"--config {path}{where}: not valid YAML ({reason})") from None
     if tree is None:
         return {}
     if not isinstance(tree, dict):
@@ -389,6 +416,8 @@ def _explain(problem: dict[str, Any]) -> str:
         return f"{key}: is required; set it in the config file or with --{key} VALUE"
     if kind == "disagree":
         return f"{key} = {context['value']}: {context['remedy']}"
+    if kind == "truth":
+        return f"{key}.{context['leaf']} = {str(context['value']).lower()}: {context['remedy']}"
     message = problem["msg"].replace("Input should be", "must be").replace("Value error, ", "")
     return f"{key} = {problem['input']!r}: {message[:1].lower() + message[1:]}"
 

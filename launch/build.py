@@ -8,9 +8,9 @@ from typing import Any
 
 from core.config import Config
 from core.faults import UserError
+from launch import early
 from launch.cluster import thread_plan
 from reward_server.client import RewardClient
-from reward_server.components import PASSED, check_options, load_component, missing_arguments
 from rollout.engines.transformers_engine import TransformersEngine, stop_ids
 from rollout.group import RolloutGroup
 from rollout.prompts import EVAL_SEED, PromptStream, load_rows
@@ -34,9 +34,12 @@ def model_config(path: str) -> Any:
 def _from_pretrained(kind: Any, path: str, what: str) -> Any:
     try:
         return kind.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # a damaged file raises whatever its parser has, and `tokenizers` a bare Exception
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"model.path = {path}: no {what} loads from it ({reason})") from None
+        raise UserError(
+            f"model.path = {path}: no {what} loads from it ({reason}); give a folder that save_pretrained wrote, or a"
+            " hub id (owner/name) that this machine can reach"
+        ) from None
 
 
 def model_size(path: str) -> tuple[int, int, int]:
@@ -80,41 +83,15 @@ def prompt_streams(
     make = functools.partial(PromptStream, tokenizer=tokenizer, data=cfg.data, window=response_room(cfg), stop=stop)
     if rows is None:
         rows = load_rows(cfg.data.path, cfg.data.split)
-    _refuse_reserved(rows, cfg.data.prompt_column)
+    early.refuse_reserved(rows, cfg.data.prompt_column)
     training = make(rows, run_id=cfg.run.name, seed=cfg.run.seed, shuffle=cfg.data.shuffle)
     if eval_rows is None and cfg.data.eval_path is not None:
-        eval_rows = load_rows(cfg.data.eval_path, cfg.data.eval_split)
+        eval_rows = load_rows(cfg.data.eval_path, cfg.data.eval_split, "data.eval_path")
     if eval_rows is None:
         return training, None
-    _refuse_reserved(eval_rows, cfg.data.prompt_column)
+    early.refuse_reserved(eval_rows, cfg.data.prompt_column)
     held_out = make(eval_rows, run_id="eval", seed=EVAL_SEED, shuffle=False, source="data.eval_path")
     return training, held_out
-
-
-def _refuse_reserved(rows: list[dict], prompt_column: str) -> None:
-    """Raise UserError for columns that would take the place of what every reward function is given."""
-    taken = ({*PASSED, "prompt"} - {prompt_column}) & {column for row in rows for column in row}
-    if taken:
-        names = ", ".join(sorted(taken))
-        raise UserError(f"data.path: columns named {names} are what reward functions get from us; rename them")
-
-
-def check_rewards(cfg: Config, functions: dict[str, Callable] | None = None, columns: set[str] | None = None) -> None:
-    """Load each component once here, so that what is missing is found before anything is started.
-
-    `columns` are those of the data that reach the rewards; None where that is not known yet.
-    """
-    for name, spec in cfg.rewards.items():
-        try:
-            fn = functions[name] if functions is not None and name in functions else load_component(spec.fn)
-        except UserError as error:
-            raise UserError(f"rewards.{name}.fn: {error}") from None
-        check_options(name, fn, spec.options)
-        if columns is not None and (missing := missing_arguments(fn, [*columns, *spec.options])):
-            raise UserError(
-                f"rewards.{name}.fn = {spec.fn}: it wants {', '.join(missing)}, and neither the columns of data.path"
-                f" ({', '.join(sorted(columns))}) nor rewards.{name}.options have that"
-            )
 
 
 def shares(cfg: Config, rank: int = 0, n_ranks: int = 1) -> Shares:

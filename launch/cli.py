@@ -14,8 +14,8 @@ from pathlib import Path
 
 from core.config import Config
 from core.faults import INTERRUPTED, TERMINATED, Fault, ProcessFault
-from launch import arguments, run_folder
-from launch.cluster import EXIT_CODE_FOLDER, adopt_orphans, cores, die_with_parent
+from launch import arguments, early, run_folder
+from launch.cluster import EXIT_CODE_FOLDER, adopt_orphans, cores, die_with_parent, prepare_environment, prepare_hub
 
 GRACE_S = 8.0  # between the first signal and the killing of what is left
 
@@ -75,7 +75,7 @@ def train(argv: list[str]) -> int:
         print(arguments.help_text())
         return 0
     cfg = args.load()
-    run_folder.refuse_missing(cfg)
+    prepare_environment()
     if args.dry_run:
         from launch.plan import plan
 
@@ -84,6 +84,8 @@ def train(argv: list[str]) -> int:
     if run_folder.examine(cfg).finished:
         print(run_folder.farewell(cfg.run.folder, run_folder.read_summary(cfg.run.folder), was_finished=True))
         return 0
+    early.refuse(cfg)
+    prepare_hub(cfg)
     return _launch(argv, args, cfg)
 
 

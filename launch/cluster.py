@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 import threading
+import urllib.parse
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ from core.config import Config
 from core.faults import TERMINATED, ProcessFault, UserError
 
 EXIT_CODE_FOLDER = "TOKENPPO_EXIT_CODES"  # set by `tokenppo train`: accelerate launch turns every failure into a 1
+HUB, HUB_S = "https://huggingface.co", 3
 # Workers of a cluster that was there before have the environment of that cluster, not ours.
 FOR_WORKERS = ("OMP_WAIT_POLICY", "CUBLAS_WORKSPACE_CONFIG", "TQDM_DISABLE")
 
@@ -70,6 +72,23 @@ def prepare_environment() -> None:
         os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 
+def prepare_hub(cfg: Config) -> None:
+    """Where the hub is out of reach, tell its client so, before it is imported: it then goes by its cache at once.
+
+    Left alone it tries each file six times over 23 s; no setting of its own bounds that.
+    """
+    named = [cfg.model.path, cfg.data.path, cfg.data.eval_path]
+    if all(name is None or Path(name).is_absolute() for name in named) or "HF_HUB_OFFLINE" in os.environ:
+        return
+    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
+        return  # the proxy reaches what this process may not
+    url = urllib.parse.urlsplit(os.environ.get("HF_ENDPOINT") or HUB)
+    try:
+        socket.create_connection((url.hostname or "", url.port or 443), timeout=HUB_S).close()
+    except (OSError, ValueError):
+        os.environ["HF_HUB_OFFLINE"] = "1"
+
+
 def _private_token() -> None:
     """Write Ray's token file with mode 0600 before Ray writes it readable for everybody."""
     token = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", Path.home() / ".ray" / "auth_token"))
@@ -92,7 +111,7 @@ def ray_session(cfg: Config, address: str | None = None) -> Iterator[str]:
     from ray.exceptions import AuthenticationError
 
     if cfg.resources.ray_address:  # it has a token, which a new one would not match
-        _refuse_unreachable(cfg.resources.ray_address)
+        refuse_unreachable(cfg.resources.ray_address)
     else:
         _private_token()
     # Actors import our packages from where this process has them. Ray will put the folder that the user stands in at
@@ -132,13 +151,17 @@ def ray_session(cfg: Config, address: str | None = None) -> Iterator[str]:
         ray.shutdown()
 
 
-def _refuse_unreachable(address: str) -> None:
-    """Raise ProcessFault where nobody listens, in seconds: Ray itself would try for minutes."""
-    host, colon, port = address.rpartition(":")
-    if not colon or not port.isdigit() or "/" in host:  # `auto` and the like
+def refuse_unreachable(address: str) -> None:
+    """Raise ProcessFault where nobody listens, in seconds (Ray would try for minutes); UserError for no address."""
+    if address in ("auto", "local") or "://" in address:
         return
+    host, colon, port = address.rpartition(":")
+    if not colon or not host or not port.isdigit() or not 0 < int(port) < 2**16:
+        raise UserError(
+            f"resources.ray_address = {address}: is no address; write host:port (ray start --head names it), or auto"
+        )
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
     except OSError as error:
         raise ProcessFault(
             f"resources.ray_address = {address}: no answer ({error.strerror or error}); start a cluster there"

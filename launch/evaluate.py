@@ -5,7 +5,7 @@ from pathlib import Path
 
 from core.config import load
 from core.faults import UserError
-from launch import build, cluster
+from launch import build, cluster, early
 from trainer.evaluate import summary_of
 from trainer.loop import evaluate
 from trainer.ranks import Ranks
@@ -23,7 +23,7 @@ def evaluate_run(run: Path, *, weights: str, data: str | None) -> dict[str, floa
     cfg = load(run / "config.yaml", overrides)
     if cfg.data.eval_path is None:
         raise UserError("data.eval_path = null: this run has no held-out prompts; name some with --data")
-    build.check_rewards(cfg)
+    early.check_rewards(cfg)
     cluster.prepare_environment()
     tokenizer = build.load_tokenizer(cfg.model.path)
     _, held_out = build.prompt_streams(cfg, tokenizer)

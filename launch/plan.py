@@ -1,7 +1,7 @@
 """What a run would do, in words and numbers, without doing any of it: `tokenppo train --dry-run`."""
 
 from core.config import Config
-from launch import build, cluster, room, run_folder
+from launch import cluster, early, room
 
 GIB = 2**30
 
@@ -9,14 +9,17 @@ GIB = 2**30
 def plan(cfg: Config, learners: int = 1) -> str:
     """The plan as text, for so many learner processes. Writes nothing.
 
-    Raises UserError for all that a run would check before it starts processes.
+    Raises UserError for all that a run would check before it starts processes, the quick checks first.
     """
+    columns = early.refuse(cfg)
+    cluster.prepare_hub(cfg)
+    early.check_rewards(cfg, columns=columns)
     cluster.device(cfg)
-    run_folder.examine(cfg)
-    build.check_rewards(cfg)
+    from launch import build  # seconds of imports: what needs none of them was asked before
+
     tokenizer = build.load_tokenizer(cfg.model.path)
     prompts, held_out = build.prompt_streams(cfg, tokenizer)
-    build.check_rewards(cfg, columns=prompts.columns)
+    early.check_rewards(cfg, columns=prompts.columns)
     n_parameters, n_layers, n_vocab = build.model_size(cfg.model.path)
     room.refuse_too_little(cfg, n_parameters)
     learner_threads, worker_threads = cluster.thread_plan(cfg, learners)
@@ -28,6 +31,7 @@ def plan(cfg: Config, learners: int = 1) -> str:
     logits = micro * cfg.rollout.max_new_tokens * n_vocab * 4 * 3
     rewards = ", ".join(f"{name} x {spec.weight:g}" for name, spec in cfg.rewards.items())
     epochs = batch * cfg.run.steps / cfg.rollout.n_samples_per_prompt / len(prompts.rows)
+    store = f"{cfg.resources.object_store_mb} MiB" if cfg.resources.ray_address is None else cfg.resources.ray_address
     lines = [
         f"model      {cfg.model.path}: {n_parameters / 1e6:.2f} M parameters, {n_layers} layers, {cfg.model.dtype}",
         f"prompts    {len(prompts.rows)} rows of {cfg.data.path}; the run sees each {epochs:.1f} times",
@@ -36,6 +40,7 @@ def plan(cfg: Config, learners: int = 1) -> str:
         if held_out
         else "held out   none: no evaluation (data.eval_path)",
         f"rewards    {rewards}; less {cfg.ppo.kl_coef:g} x KL",
+        "           loaded and compared with the columns, not called: a wrong answer ends the run with exit 4",
         f"processes  {learners} learner{'s' * (learners > 1)} ({learner_threads} threads),"
         f" {cfg.rollout.workers} rollout workers ({worker_threads} threads each),"
         f" {learners} reward server{'s' * (learners > 1)}",
@@ -48,6 +53,8 @@ def plan(cfg: Config, learners: int = 1) -> str:
         f" lr {cfg.optim.lr:g} {cfg.optim.schedule}",
         f"memory     each learner about {learner / GIB:.2g} GiB for weights, gradients, AdamW and reference, and"
         f" {logits / GIB:.2g} GiB for logits; each worker {n_parameters * width / GIB:.2g} GiB for weights",
+        f"shared     {store} for Ray's objects; a weight sync passes {n_parameters * width / GIB:.2g} GiB through it,"
+        " and what does not fit goes over the disk",
         f"files      {cfg.run.folder}/: config.yaml, metrics.jsonl, summary.json, checkpoints/, best/, final/"
         + (f"; {', '.join(cfg.log.trackers)}" if cfg.log.trackers else ""),
     ]

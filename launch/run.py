@@ -21,7 +21,7 @@ from rich.console import Console
 
 from core.config import Config
 from core.faults import StorageFault, UserError, exit_code_of
-from launch import build, cluster, learners, room, run_folder
+from launch import build, cluster, early, learners, room, run_folder
 from launch.exchange import Exchange
 from launch.trackers import Trackers
 from launch.weight_transport import ObjectStoreTransport
@@ -144,10 +144,10 @@ def run(cfg: Config, inline: Inline = Inline()) -> RunResult:
 
 def _read_input(cfg: Config, inline: Inline) -> dict[str, Any]:
     """Tokenizer and prompts; the rewards are only checked here. Raises UserError."""
-    build.check_rewards(cfg, inline.functions)
+    early.check_rewards(cfg, inline.functions)
     tokenizer = build.load_tokenizer(cfg.model.path)
     prompts, held_out = build.prompt_streams(cfg, tokenizer, inline.rows, inline.eval_rows)
-    build.check_rewards(cfg, inline.functions, prompts.columns)
+    early.check_rewards(cfg, inline.functions, prompts.columns)
     return {"tokenizer": tokenizer, "prompts": prompts, "held_out": held_out}
 
 

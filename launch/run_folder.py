@@ -22,19 +22,6 @@ MAY_CHANGE = ("run.steps", "run.dir", "run.resume")
 LOOK_S = 0.2  # longer than `at_work` ever holds a lock
 
 
-def refuse_missing(cfg: Config) -> None:
-    """Raise UserError for files and folders that the configuration names and that are not there. Imports nothing."""
-    for key, path in (("data.path", cfg.data.path), ("data.eval_path", cfg.data.eval_path)):
-        if path is not None and path.endswith((".jsonl", ".json", ".parquet")) and not Path(path).is_file():
-            raise UserError(f"{key} = {path}: there is no such file")
-    if Path(cfg.model.path).is_absolute() and not Path(cfg.model.path).is_dir():
-        raise UserError(f"model.path = {cfg.model.path}: there is no such folder; give one, or a hub id (owner/name)")
-    for name, spec in cfg.rewards.items():
-        file = spec.fn.rpartition(":")[0]
-        if file.endswith(".py") and not Path(file).is_file():
-            raise UserError(f"rewards.{name}.fn = {spec.fn}: there is no file {file}")
-
-
 @dataclass(frozen=True)
 class Found:
     """What a run folder holds, of the run that `cfg` describes."""

@@ -20,7 +20,7 @@ tokenppo.refuse_if_shadowed()
 
 from core.config import load  # noqa: E402
 from core.faults import TERMINATED, Fault, UserError, exit_code_of  # noqa: E402
-from launch import arguments, cluster, run_folder  # noqa: E402
+from launch import arguments, cluster, early, run_folder  # noqa: E402
 from launch.cluster import EXIT_CODE_FOLDER  # noqa: E402
 
 if TYPE_CHECKING:
@@ -36,13 +36,16 @@ def main(argv: list[str]) -> int:
             print(arguments.help_text())
             return 0
         cfg = args.load()
-        run_folder.refuse_missing(cfg)
         cluster.prepare_environment()
         if args.dry_run:
             from launch.plan import plan
 
             print(plan(cfg, max(args.learners, cluster.launched()[1])))
             return 0
+        # What `tokenppo train` asked already; under a bare accelerate launch nobody did. The folder is rank 0's.
+        if EXIT_CODE_FOLDER not in os.environ and cluster.launched()[0] == 0:
+            early.refuse(cfg)
+        cluster.prepare_hub(cfg)
         from launch.run import run
 
         result = run(cfg)
@@ -104,6 +107,7 @@ def train_in_process(
             overrides[key] = str(cfg.run.folder / name)
     cfg = load(file, overrides)
     cluster.prepare_environment()
+    cluster.prepare_hub(cfg)
     from launch.run import Inline, run
 
     return run(cfg, Inline(functions=functions, **inline))

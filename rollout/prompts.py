@@ -18,33 +18,40 @@ from core.trajectory import PromptRequest, sample_uid
 EVAL_SEED = 2**32 + 1  # no run has it (run.seed < 2**32): evaluations never share random numbers with training
 
 
-def load_rows(path: str, split: str) -> list[dict[str, Any]]:
-    """All rows of a JSONL or Parquet file, or of a dataset id (through `datasets`). Raises UserError with file:line."""
+def load_rows(path: str, split: str, key: str = "data.path") -> list[dict[str, Any]]:
+    """All rows of a JSONL or Parquet file, or of a dataset id (through `datasets`). Raises UserError with file:line.
+
+    `key` of the configuration, for the message.
+    """
     file = Path(path)
     if file.suffix in (".jsonl", ".json"):
-        return _read_jsonl(file)
+        return _read_jsonl(file, key)
     if file.suffix == ".parquet":
         import pyarrow.parquet
 
         if not file.is_file():
-            raise UserError(f"data.path = {path}: there is no such file")
-        return pyarrow.parquet.read_table(file).to_pylist()
+            raise UserError(f"{key} = {path}: there is no such file")
+        try:
+            return pyarrow.parquet.read_table(file).to_pylist()
+        except (OSError, ValueError) as error:  # pyarrow's ArrowInvalid is a ValueError
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UserError(f"{key} = {path}: is no Parquet file ({reason}); give one, or JSONL") from None
     import datasets
 
     try:
         return datasets.load_dataset(path, split=split).to_list()
-    except (OSError, ValueError) as error:  # the library's own words say which of id, split or network it was
+    except Exception as error:  # the library's own words say which of id, split or network it was
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"data.path = {path}: no JSONL or Parquet file and no dataset that loads ({reason})") from None
+        raise UserError(f"{key} = {path}: no JSONL or Parquet file and no dataset that loads ({reason})") from None
 
 
-def _read_jsonl(file: Path) -> list[dict[str, Any]]:
+def _read_jsonl(file: Path, key: str) -> list[dict[str, Any]]:
     try:
         lines = file.read_text(encoding="utf-8-sig").split("\n")
     except FileNotFoundError:
-        raise UserError(f"data.path = {file}: there is no such file") from None
+        raise UserError(f"{key} = {file}: there is no such file") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"data.path = {file}: cannot be read as UTF-8 text ({error})") from None
+        raise UserError(f"{key} = {file}: cannot be read as UTF-8 text ({error})") from None
     rows = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -52,11 +59,29 @@ def _read_jsonl(file: Path) -> list[dict[str, Any]]:
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise UserError(f"{file}:{number}: not valid JSON ({error.msg}: column {error.colno})") from None
+            raise UserError(
+                f"{key} = {file}:{number}: not valid JSON ({error.msg}: column {error.colno}); one object a line"
+            ) from None
         if not isinstance(row, dict):
-            raise UserError(f"{file}:{number}: a {type(row).__name__}, not an object with a prompt column")
+            raise UserError(f"{key} = {file}:{number}: a {type(row).__name__}, not an object with a prompt column")
         rows.append(row)
     return rows
+
+
+def prompt_of(row: dict[str, Any], column: str, source: str, i: int) -> str | list:
+    """The prompt of row `i`. Raises UserError where it is neither text nor messages."""
+    prompt = row.get(column)
+    if not isinstance(prompt, str | list) or not prompt:
+        raise UserError(
+            f"{source}: row {i + 1} has no text or messages in `{column}` (its columns: {', '.join(row)}); see"
+            " data.prompt_column"
+        )
+    return prompt
+
+
+def columns_of(rows: list[dict[str, Any]], prompt_column: str) -> set[str]:
+    """Names of the columns that reach the rewards by keyword."""
+    return {name for row in rows for name in row} - {"prompt", prompt_column}
 
 
 def encode_prompt(prompt: Any, tokenizer: Any) -> list[int]:
@@ -90,13 +115,15 @@ class PromptStream:
         limit = min(data.max_prompt_tokens, window) if window is not None else data.max_prompt_tokens
         self.rows, self._prompt_ids = rows, []
         for i, row in enumerate(rows):
-            prompt = row.get(data.prompt_column)
-            if not isinstance(prompt, str | list) or not prompt:
+            prompt = prompt_of(row, data.prompt_column, source, i)
+            try:
+                ids = encode_prompt(prompt, tokenizer)
+            except Exception as error:  # of the chat template, which is a program of its own, or there is none
+                reason = (str(error).splitlines() or [type(error).__name__])[0]
                 raise UserError(
-                    f"{source}: row {i + 1} has no text or messages in `{data.prompt_column}`"
-                    f" (its columns: {', '.join(row)}); see data.prompt_column"
-                )
-            ids = encode_prompt(prompt, tokenizer)
+                    f"{source}: the prompt of row {i + 1} cannot be encoded ({reason}); messages need a tokenizer with"
+                    " a chat template, and role and content in each"
+                ) from None
             if not 0 < len(ids) <= limit:
                 raise UserError(
                     f"{source}: the prompt of row {i + 1} has {len(ids)} tokens, {limit} fit"
@@ -127,7 +154,7 @@ class PromptStream:
     @property
     def columns(self) -> set[str]:
         """Names of the columns that reach the rewards by keyword."""
-        return {name for row in self._columns for name in row} - {"prompt"}
+        return columns_of(self._columns, "prompt")
 
     def row_of(self, ordinal: int) -> int:
         """Which row prompt `ordinal` is."""

@@ -2,16 +2,21 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 from transformers import PreTrainedTokenizerFast
 
 import tiny_models
-from launch import cli
+from cards_run import ROOT
+from core import config, faults
+from core.faults import ProcessFault, UserError
+from launch import cli, cluster, room
 
 CONFIG = """
 model: {path: model, dtype: float32}
@@ -40,6 +45,8 @@ def wants(completions, answer):
 
 constant = 3
 """
+BERT = json.dumps({"model_type": "bert", "architectures": ["BertForMaskedLM"]})
+GPT2 = json.dumps({"model_type": "gpt2"})
 # name: options, files to write first, what the line must say
 MISTAKES: dict[str, tuple[list[str], dict[str, str], list[str]]] = {
     "unknown key": (["--optim.lrr", "1"], {}, ["optim.lrr", "did you mean optim.lr"]),
@@ -85,6 +92,61 @@ MISTAKES: dict[str, tuple[list[str], dict[str, str], list[str]]] = {
     "run name that climbs": (["--run.name", "../x"], {}, ["run.name", "../x"]),
     "run name of 300": (["--run.name", "x" * 300], {}, ["run.name"]),
     "run folder that is a file": (["--run.dir", "rewards.py"], {}, ["run.dir", "rewards.py"]),
+    "truth for a number": (
+        [],
+        {"config.yaml": CONFIG.replace("steps: 1", "steps: true")},
+        ["run.steps", "true", "number"],
+    ),
+    "option without value": (["--run.steps"], {}, ["run.steps", "integer"]),
+    "key that is a list": ([], {"config.yaml": "? [a]\n: 1\n"}, ["config.yaml:1", "key must be a word"]),
+    "binary config": ([], {"config.yaml": "a: \x00\n"}, ["config.yaml", "YAML"]),
+    "config that is a folder": (["--config", "model"], {}, ["--config model", "cannot be read"]),
+    "betas out of range": (["--optim.betas", "[2, 0.5]"], {}, ["optim.betas", "2.0", "less than 1"]),
+    "twenty digits": (["--rollout.batch_size", "1" + "0" * 19 + "1"], {}, ["ppo.mini_batch_size", "nearest"]),
+    "masked model": (["--model.path", "./bert"], {"bert/config.json": BERT}, ["model.path", "BertForMaskedLM"]),
+    "config.json that is none": (["--model.path", "./odd"], {"odd/config.json": "{"}, ["model.path", "config.json"]),
+    "no tokenizer": (
+        ["--model.path", "./odd"],
+        {"odd/config.json": GPT2},
+        ["model.path", "tokenizer", "save_pretrained"],
+    ),
+    "no weights": (
+        ["--model.path", "./odd"],
+        {"odd/config.json": GPT2, "odd/tokenizer.json": "{}"},
+        ["model.path", "no weights", "model.safetensors"],
+    ),
+    "weights cut off": ([], {"model/model.safetensors": "CUT"}, ["model.path", "model.safetensors", "cut off"]),
+    "weights that are none": ([], {"model/model.safetensors": "x" * 99}, ["model.path", "model.safetensors"]),
+    "a shard that is not there": (
+        ["--model.path", "./odd"],
+        {
+            "odd/config.json": GPT2,
+            "odd/tokenizer.json": "{}",
+            "odd/model.safetensors.index.json": '{"weight_map": {"a": "model-1-of-2.safetensors"}}',
+        },
+        ["model.path", "model-1-of-2.safetensors", "is not there"],
+    ),
+    "prompts that are a folder": (
+        ["--data.path", "d.jsonl"],
+        {"d.jsonl/x": ""},
+        ["data.path", "d.jsonl", "no such file"],
+    ),
+    "Parquet that is none": (["--data.path", "p.parquet"], {"p.parquet": "x" * 99}, ["data.path", "no Parquet file"]),
+    "a prompt that is a number": ([], {"prompts.jsonl": '{"prompt": 3}\n'}, ["data.path", "row 1", "`prompt`"]),
+    "messages without a template": (
+        [],
+        {"prompts.jsonl": '{"prompt": [{"role": "user", "content": "a"}]}\n'},
+        ["data.path", "row 1", "chat template"],
+    ),
+    "broken held-out line": (
+        ["--data.eval_path", "e.jsonl"],
+        {"e.jsonl": "x\n"},
+        ["data.eval_path", "e.jsonl:1", "JSON"],
+    ),
+    "reward whose import raises": (["--rewards.mine.fn", "b.py:f"], {"b.py": "1 / 0\n"}, ["rewards.mine.fn", "b.py:1"]),
+    "run name that is empty": (["--run.name", ""], {}, ["run.name"]),
+    "run folder that cannot be": (["--run.dir", "/proc/self/x"], {}, ["run.dir", "/proc", "give another"]),
+    "address that is none": (["--resources.ray_address", "nowhere"], {}, ["resources.ray_address", "host:port"]),
     "too little shared memory": (["--resources.object_store_mb", "100000000"], {}, ["object_store_mb", "--shm-size"]),
     "too little disk": (["--run.keep_checkpoints", "10000000000"], {}, ["run.dir", "free", "run.keep_checkpoints"]),
     "no cuda": (["--resources.device", "cuda"], {}, ["resources.device", "cuda"]),
@@ -117,7 +179,10 @@ def prepared(task: Path, name: str) -> tuple[list[str], list[str]]:
     options, files, words = MISTAKES[name]
     for path, text in files.items():
         (task / path).parent.mkdir(exist_ok=True)
-        (task / path).write_text(text)
+        if text == "CUT":
+            (task / path).write_bytes((task / path).read_bytes()[:-9])
+        else:
+            (task / path).write_text(text)
     return ["train", "--config", "config.yaml", *options], words
 
 
@@ -144,8 +209,8 @@ def test_dry_run_finds_it_and_says_one_line(name, task, monkeypatch, capfd):
 
 
 def command(task: Path, *argv: str) -> subprocess.CompletedProcess:
-    line = [str(Path(sys.executable).parent / "tokenppo"), *argv]
-    environment = os.environ | {"HOME": str(task / "home"), "PYTHONDONTWRITEBYTECODE": "1"}
+    line = [sys.executable, "-P", "-m", "tokenppo", *argv]
+    environment = os.environ | {"HOME": str(task / "home"), "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.run(line, cwd=task, env=environment, capture_output=True, text=True, timeout=120)
 
 
@@ -158,10 +223,65 @@ def test_the_command_itself_starts_nothing(name, task):
     before = listing(task)
     done = command(task, *argv)
     assert done.returncode == 2, done.stdout + done.stderr
-    ours = [line for line in done.stderr.splitlines() if line.startswith("tokenppo: ")]
-    says("\n".join(ours), words)
-    assert "Traceback" not in done.stderr + done.stdout
-    assert {p for p in listing(task) - before if not p.startswith("home")} == set()
+    says(done.stderr, words)
+    assert done.stdout == "" and listing(task) == before
+    assert not psutil.Process().children(recursive=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MISTAKES)
+def test_the_dry_run_as_a_process_of_its_own(name, task):
+    """Nothing on stderr but the line: no library says anything beside it."""
+    argv, words = prepared(task, name)
+    (task / "home").mkdir()
+    before = listing(task)
+    done = command(task, *argv, "--dry-run")
+    assert done.returncode == 2, done.stdout + done.stderr
+    says(done.stderr, words)
+    assert done.stdout == "" and listing(task) == before
+
+
+def test_an_address_where_nobody_listens_is_another_code(task, monkeypatch, capfd):
+    monkeypatch.chdir(task)
+    argv = ["train", "--config", "config.yaml", "--resources.ray_address", "127.0.0.1:1"]
+    before = listing(task)
+    for line in (argv, [*argv, "--dry-run"]):
+        capfd.readouterr()
+        assert cli.main(line) == ProcessFault.exit_code
+        says(capfd.readouterr().err, ["resources.ray_address = 127.0.0.1:1", "no answer", "ray start --head"])
+    assert listing(task) == before
+
+
+def test_a_hub_out_of_reach_is_known_before_its_client_is_asked(monkeypatch):
+    """The client would try each file six times: 49 s for a model id, measured."""
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
+    for name in ("HF_HUB_OFFLINE", "HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    values = {"model.path": "nobody/nothing", "data.path": "/p.jsonl", "rewards.a.fn": "/r.py:f"}
+    cluster.prepare_hub(config.load(None, values))
+    assert os.environ.pop("HF_HUB_OFFLINE") == "1"
+    cluster.prepare_hub(config.load(None, values | {"model.path": "/a/folder"}))
+    assert "HF_HUB_OFFLINE" not in os.environ
+
+
+def test_a_disk_that_is_too_small_is_refused_less_what_is_there_already(task, monkeypatch):
+    cfg = config.load(task / "config.yaml")
+    needed = room.written_bytes(cfg, 1000)
+    monkeypatch.setattr(room.shutil, "disk_usage", lambda path: SimpleNamespace(free=needed - 1))
+    with pytest.raises(UserError, match="run.dir = .*free; make room, lower run.keep_checkpoints"):
+        room.refuse_too_little_disk(cfg, 1000)
+    (cfg.run.folder / "final").mkdir(parents=True)
+    (cfg.run.folder / "final" / "model.safetensors").write_bytes(b"x")
+    room.refuse_too_little_disk(cfg, 1000)
+
+
+def test_the_page_has_the_codes_of_the_code():
+    page = (ROOT / "docs" / "troubleshooting.md").read_text()
+    rows = [line for line in faults.__doc__.splitlines() if re.match(r"\| \d", line)]
+    codes = {int(line.split("|")[1]): line.split("|")[3].strip() for line in rows}
+    shown = re.findall(r"^\| (\d+) \| (.*?) \|", page, re.M)
+    assert {int(code): text for code, text in shown} == codes
+    assert {fault.exit_code for fault in faults.Fault.__subclasses__()} <= set(codes)
 
 
 @pytest.mark.slow
