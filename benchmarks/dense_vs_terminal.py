@@ -224,9 +224,10 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="default docs/img/dense_vs_terminal.png; with --quick in --out-runs")
     parser.add_argument("--out-runs", type=Path, default=Path("runs/dense_vs_terminal"), help="folder of the runs")
     args = parser.parse_args()
-    if args.quick:
-        args.seeds, args.facts, args.updates, args.eval_every = 1, [5], 6, 2
-        args.arms = [arm for arm in args.arms if arm != "terminal-lambda1"]
+    if args.quick:  # other defaults: what is given beside it counts
+        arms = [arm for arm in ARMS if arm != "terminal-lambda1"]
+        parser.set_defaults(seeds=1, facts=[5], updates=6, eval_every=2, arms=arms)
+        args = parser.parse_args()
     if args.out is None:
         picture = "dense_vs_terminal.png"
         args.out = args.out_runs / picture if args.quick else ROOT / "docs" / "img" / picture

@@ -1,9 +1,11 @@
 """What README and docs tell people to type is right: options parse, files exist, code runs."""
 
+import ast
 import re
 import shlex
 from pathlib import Path
 
+import documented
 import numpy as np
 import pytest
 
@@ -12,21 +14,17 @@ from launch import arguments
 from reward_server.components import Component, ScoreRequest
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "AGENTS.md", *sorted((ROOT / "docs").glob("*.md"))]
+TEXTS = [command.text for command in documented.commands()]
 
 
-def commands() -> list[str]:
-    """Every indented line, and every line of a shell block, that begins with a command of ours."""
-    pages = [re.sub(r"\\\n\s*", "", page.read_text()) for page in PAGES]  # a line that goes on in the next is one
-    lines = [line.strip() for page in pages for line in page.splitlines()]
-    return [re.sub(r"\s+#.*", "", x) for x in lines if re.match(r"(tokenppo|bash|accelerate launch|python) ", x)]
+def test_the_collector_knows_a_command_from_a_picture_and_a_sentence():
+    assert "bash launch/demo.sh" in TEXTS and "source .venv/bin/activate" in TEXTS
+    assert any(text.startswith("CONFIG=") for text in TEXTS) and any(text.startswith("docker build ") for text in TEXTS)
+    assert "tokenppo evaluate runs/demo" in TEXTS  # in a sentence
+    assert not any("Ray (started" in text or "results:" in text for text in TEXTS)
 
 
-def test_there_are_commands():
-    assert len(commands()) > 8
-
-
-@pytest.mark.parametrize("command", sorted(set(commands())))
+@pytest.mark.parametrize("command", TEXTS)
 def test_a_command_names_files_and_options_that_exist(command, tmp_path):
     words = shlex.split(command)
     for word in words:
@@ -41,14 +39,27 @@ def test_a_command_names_files_and_options_that_exist(command, tmp_path):
             load(config, args.overrides, folder=tmp_path)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+@pytest.mark.parametrize("page", documented.PAGES, ids=lambda p: p.name)
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#]+)", page.read_text()):
         assert "://" in target or (page.parent / target).exists(), target
 
 
+def test_the_path_of_one_batch_names_what_is_there():
+    """docs/architecture.md: file and function of each stage, as the code has them."""
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    stages = re.findall(r"^    (\w+/\w+\.py) +([\w.]+) ", page, re.M)
+    assert len(stages) > 12
+    for file, name in stages:
+        tree: ast.AST = ast.parse((ROOT / file).read_text())
+        for part in name.split("."):
+            defined = [node for node in ast.iter_child_nodes(tree) if getattr(node, "name", None) == part]
+            assert defined, f"{file} has no {name}"
+            (tree,) = defined
+
+
 def test_the_reward_of_the_readme_scores_as_it_says():
-    (code,) = [b for b in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S) if "Span" in b]
+    (code,) = [block for block in documented.blocks(ROOT / "README.md", "python") if "Span" in block]
     scope: dict = {}
     exec(code, scope)  # noqa: S102
     request = ScoreRequest(

@@ -9,20 +9,42 @@ from collections.abc import Callable
 from pathlib import Path
 
 import psutil
+import pytest
 
 ROOT = Path(__file__).parents[2]
 CARDS = ROOT / "configs" / "cards.yaml"
 
 
-class Run:
-    """A `tokenppo train` that was started here. Its processes are found through it, never by name."""
+def checkout(place: Path) -> Path:
+    """A folder that looks like a checkout with its .venv to whoever stands in it; what is written stays in it."""
+    installed = Path(sys.prefix) / "installed"
+    if not installed.is_file():
+        pytest.skip("wants the environment that launch/install.sh makes: bash launch/test.sh --all")
+    place.mkdir()
+    for entry in ROOT.iterdir():
+        if entry.name not in ("runs", ".venv", ".git"):
+            (place / entry.name).symlink_to(entry)
+    (place / ".venv").symlink_to(sys.prefix)
+    return place
 
-    def __init__(self, folder: Path, *options: str, config: Path | None = CARDS) -> None:
+
+class Run:
+    """A `tokenppo train` that was started here. Its processes are found through it, never by name.
+
+    `command` is what is typed in its place to have a run in `folder`.
+    """
+
+    def __init__(
+        self, folder: Path, *options: str, config: Path | None = CARDS, command: list[str] | None = None
+    ) -> None:
         self.folder = folder
         self.out = folder.with_suffix(".out")
-        command = [str(Path(sys.executable).parent / "tokenppo"), "train"]
-        command += ["--config", str(config)] if config else []
-        command += ["--run.dir", str(folder.parent), "--run.name", folder.name, *options]
+        if command is None:
+            command = [str(Path(sys.executable).parent / "tokenppo"), "train"]
+            command += ["--config", str(config)] if config else []
+            command += ["--run.dir", str(folder.parent), "--run.name", folder.name]
+        command = [*command, *options]
+        folder.parent.mkdir(exist_ok=True)
         with open(self.out, "wb") as out:
             self.process = subprocess.Popen(command, cwd=folder.parent, stdout=out, stderr=subprocess.STDOUT)
 

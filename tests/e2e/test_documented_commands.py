@@ -1,0 +1,123 @@
+"""Every command that README, AGENTS.md and docs/ show, run as it stands in a checkout; smaller where it takes long.
+
+A command that no rule knows fails here, so that a page cannot promise what nobody ran.
+"""
+
+import os
+import re
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import documented
+import pytest
+from documented import Command
+
+import tiny_models
+from cards_run import ROOT, checkout
+
+pytestmark = pytest.mark.slow
+
+HUB_ID = "Qwen/Qwen2.5-0.5B-Instruct"  # nothing is downloaded here: a small model of this kind stands in its place
+SMALL = {
+    "run.steps": "1",
+    "data.eval_prompts": "4",
+    "rollout.batch_size": "16",
+    "rollout.chunk_size": "8",
+    "rollout.max_new_tokens": "16",
+    "ppo.mini_batch_size": "8",
+    "ppo.micro_batch_size": "8",
+}
+# What another test runs for real, where more stands around it than a command: the whole demo, a cluster, SLURM's tools.
+RAY_JOB = "tests/e2e/test_templates.py::test_a_ray_job_trains_on_a_cluster_that_was_there"
+ELSEWHERE = {
+    r"bash launch/demo\.sh": "tests/e2e/test_learning.py::test_the_demo_learns_to_state_facts_and_to_stop",
+    r"docker (build|run|cp) .*": "tests/e2e/test_docker_steps.py::test_the_cpu_image_can_be_made_and_is_well",
+    r".* sbatch .*slurm\.sh .*": "tests/e2e/test_templates.py::test_the_slurm_script_starts_the_trainer",
+    r".* bash launch/templates/ray_job\.sh .*": RAY_JOB,
+    r"tokenppo train .* --resources\.ray_address auto": RAY_JOB,
+}
+# Pattern -> what is run instead; groups as in re.sub. The first that matches the whole command counts.
+RUN: dict[str, str | Callable[[str], str]] = {
+    r"(bash launch/test\.sh.*)": r"\1 --collect-only -q",
+    r"source (.*)": r"source \1 && tokenppo --help",
+    r"(tokenppo train --help)": r"\1",
+    r"((?:tokenppo|python -m tokenppo|accelerate launch) .*)": lambda words: (
+        small(words) if "train" in words else words
+    ),
+    r"(python benchmarks/cards_seeds\.py)": r"\1 --seeds 1",
+    r"(python benchmarks/ppo_iteration\.py)": r"\1 --steps 2",
+    r"(python benchmarks/dense_vs_terminal\.py)(?: --quick)?": r"\1 --quick --updates 2 --batch 64",
+    r"(python benchmarks/mistakes\.py)": r"\1 --rows 2",
+    r"(python examples/cards/make\.py --no-train .*)": r"\1",
+    r"(python -m core\.metrics)": r"\1",
+    r"python -m core\.(config|metrics) > docs/\1\.md": r"python -m core.\1 | diff - docs/\1.md",
+}
+
+
+def small(train: str) -> str:
+    """A training command with values that end it in seconds; what it says itself about them is left out."""
+    for key in SMALL:
+        train = re.sub(rf" --{re.escape(key)} \S+", "", train)
+    return " ".join([train.replace(HUB_ID, "./qwen"), *(f"--{key} {value}" for key, value in SMALL.items())])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A checkout with the two files that the README lets its reader write, and a run named demo."""
+    place = checkout(tmp_path_factory.mktemp("commands") / "tokenppo")
+    (code,) = [block for block in documented.blocks(ROOT / "README.md", "python") if "no_shouting" in block]
+    name = re.match(r"# (\S+)\n", code)[1]
+    (place / name).write_text(code)
+    (place / "prompts.jsonl").write_text('{"prompt": "Ask for salt."}\n{"prompt": "Ask for bread."}\n')
+    tiny_models.save_model(place / "qwen", "qwen2-tied")
+    return place
+
+
+def shell(line: str, folder: Path) -> subprocess.CompletedProcess:
+    environment = os.environ | {"PATH": f"{folder / '.venv' / 'bin'}:{os.environ['PATH']}", "WANDB_MODE": "offline"}
+    line = line.replace("/shared/runs", str(folder / "runs"))
+    return subprocess.run(
+        ["bash", "-c", line], cwd=folder, env=environment, capture_output=True, text=True, timeout=400
+    )
+
+
+@pytest.mark.parametrize("command", documented.commands(), ids=lambda command: f"{command.page}: {command.text[:80]}")
+def test_a_documented_command_works(command: Command, folder):
+    if any(re.fullmatch(pattern, command.text) for pattern in ELSEWHERE):
+        return
+    for pattern, line in RUN.items():
+        if re.fullmatch(pattern, command.text):
+            line = line(command.text) if callable(line) else re.sub(pattern, line, command.text)
+            break
+    else:
+        pytest.fail(f"no rule in {Path(__file__).name} runs `{command.text}` of {command.page}")
+    if "runs/demo" in line and not (folder / "runs" / "demo").exists():
+        demo = shell(small("tokenppo train --config configs/cards.yaml --run.name demo"), folder)
+        assert demo.returncode == 0, demo.stdout + demo.stderr
+    done = shell(line, folder)
+    assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
+    assert "Traceback" not in done.stderr, done.stderr
+
+
+def test_the_script_of_the_readme_trains(folder):
+    (code,) = [block for block in documented.blocks(ROOT / "README.md", "python") if "tokenppo.train(" in block]
+    sections = {"rollout": {}, "ppo": {}, "run": {}, "data": {}}
+    for key, value in SMALL.items():
+        section, _, name = key.partition(".")
+        sections[section][name] = int(value)
+    text = code.replace(HUB_ID, "./qwen").replace('rollout={"batch_size": 64},', f"**{sections!r},")
+    assert text.count("./qwen") == 1 and "**{" in text
+    (folder / "from_the_readme.py").write_text(text)
+    done = shell("python from_the_readme.py", folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "'after'" in done.stdout and "runs" in done.stdout.splitlines()[-1], done.stdout
+
+
+def test_the_rules_of_this_table_are_used():
+    texts = [command.text for command in documented.commands()]
+    for pattern in [*ELSEWHERE, *RUN]:
+        assert any(re.fullmatch(pattern, text) for text in texts), f"no page has a command like {pattern}"
+    for test in ELSEWHERE.values():
+        file, _, name = test.partition("::")
+        assert f"def {name}" in (ROOT / file).read_text(), f"there is no {test}"
