@@ -48,16 +48,18 @@ def line_of(seed: int, run: Finished) -> tuple[list[str], bool]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=8, help="seeds 0 to N-1 (default 8)")
+    parser.add_argument("--steps", type=int, help="PPO updates of each run (default: those of the configuration)")
     parser.add_argument("--out", type=Path, help="folder for the run folders (default: a temporary one)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default 1)")
     args = parser.parse_args()
 
     with tempfile.TemporaryDirectory() as scratch:
         folder = args.out or Path(scratch)
+        settings = {"run.eval_every": EVAL_EVERY} | ({"run.steps": args.steps} if args.steps else {})
 
         def one(seed: int) -> Finished:
             run_folder = folder / f"seed{seed}"
-            run = train_unless_done(run_folder, CARDS, {"run.seed": seed, "run.eval_every": EVAL_EVERY})
+            run = train_unless_done(run_folder, CARDS, settings | {"run.seed": seed})
             print(f"seed {seed} done" if not run.exit_code else run.last_words, file=sys.stderr, flush=True)
             return run
 

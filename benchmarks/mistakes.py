@@ -15,6 +15,9 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).parents[1] / place) for place in ("tests/e2e", "tests", "")]
 
 import test_mistakes  # noqa: E402
+from transformers.utils import logging  # noqa: E402
+
+logging.disable_progress_bar()  # of the small models that are written
 
 
 def seconds(name: str, *more: str) -> float:

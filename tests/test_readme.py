@@ -5,10 +5,10 @@ import re
 import shlex
 from pathlib import Path
 
-import documented
 import numpy as np
 import pytest
 
+import documented
 from core.config import load
 from launch import arguments
 from reward_server.components import Component, ScoreRequest

@@ -9,12 +9,12 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
-import documented
 import pytest
-from documented import Command
 
+import documented
 import tiny_models
 from cards_run import ROOT, checkout
+from documented import Command
 
 pytestmark = pytest.mark.slow
 
@@ -45,13 +45,13 @@ RUN: dict[str, str | Callable[[str], str]] = {
     r"((?:tokenppo|python -m tokenppo|accelerate launch) .*)": lambda words: (
         small(words) if "train" in words else words
     ),
-    r"(python benchmarks/cards_seeds\.py)": r"\1 --seeds 1",
-    r"(python benchmarks/ppo_iteration\.py)": r"\1 --steps 2",
+    r"(python benchmarks/cards_seeds\.py)": r"\1 --seeds 1 --steps 8",
+    r"(python benchmarks/ppo_iteration\.py)": r"\1 --steps 3",
     r"(python benchmarks/dense_vs_terminal\.py)(?: --quick)?": r"\1 --quick --updates 2 --batch 64",
     r"(python benchmarks/mistakes\.py)": r"\1 --rows 2",
     r"(python examples/cards/make\.py --no-train .*)": r"\1",
     r"(python -m core\.metrics)": r"\1",
-    r"python -m core\.(config|metrics) > docs/\1\.md": r"python -m core.\1 | diff - docs/\1.md",
+    r"(python -m core\.\w+) > (docs/\w+\.md)": r"\1 | diff - \2",
 }
 
 

@@ -17,6 +17,9 @@ from test_command import REWARDS
 
 import tiny_models
 from cards_run import ROOT, Run, same_numbers
+from core.config import load
+from core.faults import UserError
+from launch.run import run
 
 STEPS = 6
 
@@ -27,11 +30,12 @@ def task(tmp_path_factory) -> Path:
     tiny_models.save_model(folder / "model", "gpt2")
     (folder / "rewards.py").write_text(REWARDS)
     rows = [{"prompt": f"the {w} sat", "topic": "xy"[i % 2]} for i, w in enumerate(["cat", "dog", "mat", "park"] * 3)]
-    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for file in ("prompts.jsonl", "held_out.jsonl"):
+        (folder / file).write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "config.yaml").write_text(
         f"""
 model: {{path: model, dtype: float32}}
-data: {{path: prompts.jsonl, eval_path: prompts.jsonl, eval_prompts: 8}}
+data: {{path: prompts.jsonl, eval_path: held_out.jsonl, eval_prompts: 8}}
 rollout: {{batch_size: 16, n_samples_per_prompt: 2, chunk_size: 4, max_new_tokens: 12}}
 rewards:
   vowels: {{fn: rewards.py:vowels, normalize: running}}
@@ -143,13 +147,15 @@ def test_more_steps_go_on_and_other_settings_or_prompts_are_refused(task, tmp_pa
         refused = start(task, folder, "--run.steps", "2", "--log.trackers", "[]", *options)
         assert refused.end(60) == 2 and words in refused.words(), refused.words()
         assert "Traceback" not in refused.words()
-    prompts = (task / "prompts.jsonl").read_text()
-    try:
-        (task / "prompts.jsonl").write_text(prompts.replace("cat", "dog", 1))
-        other = start(task, folder, "--run.steps", "3", "--log.trackers", "[]")
-        assert other.end(60) == 2 and "its prompts are not those" in other.words(), other.words()
-    finally:
-        (task / "prompts.jsonl").write_text(prompts)
+    where = {"run.dir": str(tmp_path), "run.name": "r", "run.steps": 3, "log.trackers": []}
+    for key, file in (("data.path", "prompts.jsonl"), ("data.eval_path", "held_out.jsonl")):
+        text = (task / file).read_text()
+        try:
+            (task / file).write_text(text.replace("cat", "dog", 1))
+            with pytest.raises(UserError, match=f"{key} = .*{file}: its prompts are not those"):
+                run(load(task / "config.yaml", where))
+        finally:
+            (task / file).write_text(text)
     assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before  # summary.json among them
     longer = start(task, folder, "--run.steps", "3", "--log.trackers", "[]")
     assert longer.end(240) == 0, longer.words()
