@@ -39,7 +39,7 @@ ELSEWHERE = {
 }
 # Pattern -> what is run instead; groups as in re.sub. The first that matches the whole command counts.
 RUN: dict[str, str | Callable[[str], str]] = {
-    r"(bash launch/test\.sh.*)": r"\1 --collect-only -q",
+    r"(bash launch/test\.sh.*)": r"\1 tests/test_readme.py --collect-only -q",
     r"source (.*)": r"source \1 && tokenppo --help",
     r"(tokenppo train --help)": r"\1",
     r"((?:tokenppo|python -m tokenppo|accelerate launch) .*)": lambda words: (
@@ -47,7 +47,7 @@ RUN: dict[str, str | Callable[[str], str]] = {
     ),
     r"(python benchmarks/cards_seeds\.py)": r"\1 --seeds 1 --steps 8",
     r"(python benchmarks/ppo_iteration\.py)": r"\1 --steps 3",
-    r"(python benchmarks/dense_vs_terminal\.py)(?: --quick)?": r"\1 --quick --updates 2 --batch 64",
+    r"(python benchmarks/dense_vs_terminal\.py)(?: --quick)?": r"\1 --quick --updates 1 --batch 32 --arms dense",
     r"(python benchmarks/mistakes\.py)": r"\1 --rows 2",
     r"(python examples/cards/make\.py --no-train .*)": r"\1",
     r"(python -m core\.metrics)": r"\1",
@@ -102,12 +102,18 @@ def test_a_documented_command_works(command: Command, folder):
 
 def test_the_script_of_the_readme_trains(folder):
     (code,) = [block for block in documented.blocks(ROOT / "README.md", "python") if "tokenppo.train(" in block]
-    sections = {"rollout": {}, "ppo": {}, "run": {}, "data": {}}
-    for key, value in SMALL.items():
-        section, _, name = key.partition(".")
-        sections[section][name] = int(value)
-    text = code.replace(HUB_ID, "./qwen").replace('rollout={"batch_size": 64},', f"**{sections!r},")
-    assert text.count("./qwen") == 1 and "**{" in text
+    small = {key: int(value) for key, value in SMALL.items()}
+
+    def section(name: str, **more: object) -> str:
+        return f"{name}={ {k.partition('.')[2]: v for k, v in small.items() if k.startswith(f'{name}.')} | more!r}"
+
+    text = code.replace(HUB_ID, "./qwen")
+    for written, instead in (
+        ('rollout={"batch_size": 64}', f"{section('rollout')}, {section('ppo')}, {section('data')}"),
+        ('run={"name": "polite"}', section("run", name="polite")),
+    ):
+        assert text.count(written) == 1, written
+        text = text.replace(written, instead)
     (folder / "from_the_readme.py").write_text(text)
     done = shell("python from_the_readme.py", folder)
     assert done.returncode == 0, done.stdout + done.stderr
