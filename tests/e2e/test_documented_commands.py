@@ -104,8 +104,10 @@ def test_the_script_of_the_readme_trains(folder):
     (code,) = [block for block in documented.blocks(ROOT / "README.md", "python") if "tokenppo.train(" in block]
     small = {key: int(value) for key, value in SMALL.items()}
 
-    def section(name: str, **more: object) -> str:
-        return f"{name}={ {k.partition('.')[2]: v for k, v in small.items() if k.startswith(f'{name}.')} | more!r}"
+    def section(section: str, /, **more: object) -> str:
+        return (
+            f"{section}={ {k.partition('.')[2]: v for k, v in small.items() if k.startswith(f'{section}.')} | more!r}"
+        )
 
     text = code.replace(HUB_ID, "./qwen")
     for written, instead in (
