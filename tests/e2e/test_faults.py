@@ -52,7 +52,7 @@ def test_killed_processes_change_no_number(undisturbed, tmp_path: Path):
 
 def test_a_worker_that_hangs_is_replaced_at_its_deadline(undisturbed, tmp_path: Path):
     """SIGSTOP: Ray sees nothing, the deadline does."""
-    run = Run(tmp_path / "hung", *OPTIONS, "--rollout.timeout_s", "25")
+    run = Run(tmp_path / "hung", *OPTIONS, "--rollout.timeout_s", "40")
     run.wait_for(lambda: len(run.rows()) >= 2)
     os.kill(run.pids()["worker-1"], signal.SIGSTOP)
     assert run.end() == 0, run.words()
