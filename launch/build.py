@@ -67,11 +67,7 @@ def response_room(cfg: Config) -> int | None:
     window = getattr(model_config(cfg.model.path), "max_position_embeddings", None)
     if window is None:
         return None
-    if cfg.rollout.max_new_tokens >= window:
-        raise UserError(
-            f"rollout.max_new_tokens = {cfg.rollout.max_new_tokens}: the model's window is {window} tokens, prompt and"
-            f" response together; give at most {window} less the longest prompt"
-        )
+    early.refuse_response(cfg, window)
     return window - cfg.rollout.max_new_tokens
 
 

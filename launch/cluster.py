@@ -87,6 +87,8 @@ def prepare_hub(cfg: Config) -> None:
         socket.create_connection((url.hostname or "", url.port or 443), timeout=HUB_S).close()
     except (OSError, ValueError):
         os.environ["HF_HUB_OFFLINE"] = "1"
+        if launched()[0] == 0:  # what lies in the cache may be older than what the hub has
+            print(f"{url.hostname} does not answer: models and datasets come from its local cache", file=sys.stderr)
 
 
 def _private_token() -> None:

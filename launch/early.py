@@ -165,7 +165,7 @@ def refuse_prompts(cfg: Config, config: dict[str, Any] | None) -> set[str] | Non
 
     Gives the columns of data.path; None where it was not read.
     """
-    from rollout.prompts import columns_of, load_rows, prompt_of
+    from rollout.prompts import columns_of, load_rows, not_fitting, prompt_of
 
     limit = cfg.data.max_prompt_tokens
     window = (config or {}).get("max_position_embeddings") or (config or {}).get("n_positions")
@@ -194,7 +194,7 @@ def refuse_prompts(cfg: Config, config: dict[str, Any] | None) -> set[str] | Non
             if tokenizer is not None and isinstance(prompt, str) and len(prompt.encode()) > limit:
                 n = len(tokenizer.encode(prompt, add_special_tokens=False).ids)
                 if n > limit:
-                    raise UserError(too_long(key, i, n, limit))
+                    raise UserError(not_fitting(key, i, n, limit))
             if isinstance(prompt, list) and config is not None and not _has_chat_template(Path(cfg.model.path)):
                 raise UserError(
                     f"{key}: the prompt of row {i + 1} is a list of messages, and the tokenizer in {cfg.model.path} has"
@@ -210,13 +210,6 @@ def refuse_response(cfg: Config, window: int) -> None:
             f"rollout.max_new_tokens = {cfg.rollout.max_new_tokens}: the model's window is {window} tokens, prompt and"
             f" response together; give at most {window} less the longest prompt"
         )
-
-
-def too_long(key: str, row: int, n: int, limit: int) -> str:
-    return (
-        f"{key}: the prompt of row {row + 1} has {n} tokens, {limit} fit; shorten it, raise data.max_prompt_tokens, or"
-        " lower rollout.max_new_tokens (prompt and response share the model's window)"
-    )
 
 
 def refuse_reserved(rows: list[dict], prompt_column: str) -> None:

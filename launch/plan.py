@@ -19,7 +19,8 @@ def plan(cfg: Config, learners: int = 1) -> str:
 
     tokenizer = build.load_tokenizer(cfg.model.path)
     prompts, held_out = build.prompt_streams(cfg, tokenizer)
-    early.check_rewards(cfg, columns=prompts.columns)
+    if columns is None:  # rows that were not read before: of a dataset id, or a large file
+        early.check_rewards(cfg, columns=prompts.columns)
     n_parameters, n_layers, n_vocab = build.model_size(cfg.model.path)
     room.refuse_too_little(cfg, n_parameters)
     learner_threads, worker_threads = cluster.thread_plan(cfg, learners)

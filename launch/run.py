@@ -9,8 +9,8 @@ import signal
 import threading
 import time
 import uuid
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,8 +75,10 @@ class Job:
         return self.cfg.run.folder
 
 
-def run(cfg: Config, inline: Inline = Inline()) -> RunResult:
+def run(cfg: Config, inline: Inline = Inline(), *, lives_on: bool = True) -> RunResult:
     """Train as configured: anew, or on from the last checkpoint of the same run in its folder.
+
+    `lives_on`: whether the process has more to do than to tell a fault and end.
 
     Raises:
         Fault: by kind, KeyboardInterrupt on Ctrl-C. Either way summary.json holds the exit code and what was reached,
@@ -84,7 +86,7 @@ def run(cfg: Config, inline: Inline = Inline()) -> RunResult:
     """
     started = time.perf_counter()
     console = Console()
-    with ExitStack() as stack:
+    with ExitStack() as stack, _undisturbed_end(stack, lives_on):
         accelerator, ranks = learners.join(cfg, stack, console.print)
         with ranks.together():
             job = Job(
@@ -121,11 +123,8 @@ def run(cfg: Config, inline: Inline = Inline()) -> RunResult:
                         if rows is not None:
                             run_folder.write_rows(Path(path), rows)
             with ExitStack() as parts:
-                try:
+                with _undisturbed_end(stack, lives_on):  # closes before `parts`, which ends what was started
                     _train(job, found, saved, parts, summary)
-                except BaseException:  # whatever it is: what was started is ended after it
-                    _end_undisturbed(stack)
-                    raise
             summary["exit"] = 0
         except BaseException as error:
             summary |= {"exit": exit_code_of(error), "error": f"{type(error).__name__}: {error}".removesuffix(": ")}
@@ -373,8 +372,16 @@ def _parts_in_words(cfg: Config, ranks: Ranks) -> str:
     return f"{count(cfg.rollout.workers, 'rollout worker')}, {server} and {learner}"
 
 
-def _end_undisturbed(stack: ExitStack) -> None:
-    """The SIGTERM with which a launcher ends the ranks that are left must not cut the end short; until `stack` closes,
-    as a notebook lives on after it."""
-    if threading.current_thread() is threading.main_thread():
-        stack.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, signal.SIG_IGN))
+@contextmanager
+def _undisturbed_end(stack: ExitStack, lives_on: bool) -> Iterator[None]:
+    """After an exception the SIGTERM with which a launcher ends the ranks that are left cuts nothing short: neither the
+    end of what was started nor the words of rank 0, which the other ranks leave to it. A process that lives on, such as
+    a notebook, hears it again when `stack` has closed."""
+    try:
+        yield
+    except BaseException:
+        if threading.current_thread() is threading.main_thread():
+            heard = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            if lives_on:
+                stack.callback(signal.signal, signal.SIGTERM, heard)
+        raise

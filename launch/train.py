@@ -48,7 +48,7 @@ def main(argv: list[str]) -> int:
         cluster.prepare_hub(cfg)
         from launch.run import run
 
-        result = run(cfg)
+        result = run(cfg, lives_on=False)
         if cluster.launched()[0] == 0:
             print(run_folder.farewell(result.folder, result.summary, was_finished=result.was_finished))
         return 0

@@ -79,6 +79,13 @@ def prompt_of(row: dict[str, Any], column: str, source: str, i: int) -> str | li
     return prompt
 
 
+def not_fitting(source: str, i: int, n: int, limit: int) -> str:
+    return (
+        f"{source}: the prompt of row {i + 1} has {n} tokens, {limit} fit (data.max_prompt_tokens, and the model's"
+        " window less rollout.max_new_tokens); shorten it, or change one of the two"
+    )
+
+
 def columns_of(rows: list[dict[str, Any]], prompt_column: str) -> set[str]:
     """Names of the columns that reach the rewards by keyword."""
     return {name for row in rows for name in row} - {"prompt", prompt_column}
@@ -125,10 +132,7 @@ class PromptStream:
                     " a chat template, and role and content in each"
                 ) from None
             if not 0 < len(ids) <= limit:
-                raise UserError(
-                    f"{source}: the prompt of row {i + 1} has {len(ids)} tokens, {limit} fit"
-                    " (data.max_prompt_tokens, and the model's window less rollout.max_new_tokens)"
-                )
+                raise UserError(not_fitting(source, i, len(ids), limit))
             if ids[-1] in stop:
                 raise UserError(
                     f"{source}: the prompt of row {i + 1} ends with the stop token {ids[-1]}, which tokenizer or chat"

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
+from core import pretrained
 from core.logprobs import entropy_from_logits, logprobs_from_logits
 from trainer.batch import TrainBatch
 
@@ -104,5 +105,5 @@ def run_policy(module: nn.Module, batch: TrainBatch, temperature: float, *, with
 
 
 def load_causal_lm(path: str, device: torch.device | str) -> PreTrainedModel:
-    """A causal LM in float32, dropout off for good: ratios would not be 1 otherwise."""
-    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to(device).eval()
+    """A causal LM in float32, dropout off for good: ratios would not be 1 otherwise. Raises UserError: see core."""
+    return pretrained.load_causal_lm(path, torch.float32).to(device).eval()

@@ -11,10 +11,11 @@ import inspect
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationConfig
+from transformers import AutoConfig, DynamicCache, GenerationConfig
 
 from core.faults import UserError
 from core.logprobs import logprobs_from_logits
+from core.pretrained import load_causal_lm
 from core.trajectory import PromptRequest
 from core.weights import named_tensors
 from rollout.engines.engine import Generation
@@ -57,7 +58,7 @@ class TransformersEngine:
     def load(
         cls, path: str, stop: tuple[int, ...], *, dtype: str, device: str, temperature: float, max_new_tokens: int
     ) -> "TransformersEngine":
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype)).to(device)
+        model = load_causal_lm(path, getattr(torch, dtype)).to(device)
         return cls(model, stop, temperature=temperature, max_new_tokens=max_new_tokens)
 
     def live_tensors(self) -> dict[str, Tensor]:

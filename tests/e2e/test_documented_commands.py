@@ -82,10 +82,11 @@ def shell(line: str, folder: Path) -> subprocess.CompletedProcess:
     )
 
 
-@pytest.mark.parametrize("command", documented.commands(), ids=lambda command: f"{command.page}: {command.text[:80]}")
+HERE = [c for c in documented.commands() if not any(re.fullmatch(pattern, c.text) for pattern in ELSEWHERE)]
+
+
+@pytest.mark.parametrize("command", HERE, ids=lambda command: f"{command.page}: {command.text[:80]}")
 def test_a_documented_command_works(command: Command, folder):
-    if any(re.fullmatch(pattern, command.text) for pattern in ELSEWHERE):
-        return
     for pattern, line in RUN.items():
         if re.fullmatch(pattern, command.text):
             line = line(command.text) if callable(line) else re.sub(pattern, line, command.text)

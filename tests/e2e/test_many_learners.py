@@ -38,9 +38,10 @@ def farthest(a: dict[str, list[float]], b: dict[str, list[float]]) -> float:
 
 
 @pytest.mark.slow
-def test_one_stored_batch_under_every_engine(tmp_path):
+@pytest.mark.parametrize("model", ["llama-tied", "gpt2"])
+def test_one_stored_batch_under_every_engine(tmp_path, model):
     """Gradients, losses and metrics within 1e-5 in fp32, for micro-batches of 1, 2 and 4 and for uneven shards."""
-    model, whole = "llama-tied", {"micro": 4, "shards": [6, 6]}
+    whole = {"micro": 4, "shards": [6, 6]}
     cases = [whole, {"micro": 1, "shards": [9, 3]}, {"micro": 2, "shards": [12, 0]}, {"micro": 4, "shards": [5, 7]}]
     want, *got = stored_batch(tmp_path, "cpu", model, [whole, *(case | {"shards": [12]} for case in cases)])
     biggest = max(max(map(abs, values)) for values in want["gradients"].values())
@@ -48,9 +49,10 @@ def test_one_stored_batch_under_every_engine(tmp_path):
     got += stored_batch(tmp_path, "ddp", model, cases)
     for case in cases[1:3]:  # a second DeepSpeed engine in one process breaks on buffers of the first
         got += stored_batch(tmp_path, "zero2", model, [case])
-    zero1 = tmp_path / "zero1.yaml"
-    zero1.write_text((FILES / "zero2.yaml").read_text().replace("zero_stage: 2", "zero_stage: 1"))
-    got += stored_batch(tmp_path, "zero2", model, [cases[1]], file=zero1)
+    if model == "llama-tied":
+        zero1 = tmp_path / "zero1.yaml"
+        zero1.write_text((FILES / "zero2.yaml").read_text().replace("zero_stage: 2", "zero_stage: 1"))
+        got += stored_batch(tmp_path, "zero2", model, [cases[1]], file=zero1)
     for result in got:
         assert farthest(result["gradients"], want["gradients"]) < 1e-5, result["case"]
         for name, value in want["means"].items():
@@ -181,8 +183,8 @@ def test_a_fault_of_one_rank_ends_all_with_its_words(task, tmp_path):
         assert failing.end(240) == 4, failing.words()
     finally:
         folder.unlink()
-    # Once, by rank 0; the other rank's own notes of its retries may come after that.
-    (said,) = [line for line in failing.words().splitlines() if line.startswith("tokenppo: ")]
+    (said,) = [line for line in failing.words().splitlines() if line.startswith("tokenppo: ")]  # by rank 0 alone
+    assert said == failing.words().splitlines()[-1]
     assert "learner rank 1: " in said and "this rank alone gets such a prompt" in said
     assert "Traceback" not in failing.words() and failing.summary()["exit"] == 4
 

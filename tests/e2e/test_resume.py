@@ -152,6 +152,9 @@ def test_more_steps_go_on_and_other_settings_or_prompts_are_refused(task, tmp_pa
         text = (task / file).read_text()
         try:
             (task / file).write_text(text.replace("cat", "dog", 1))
+            if key == "data.path":
+                other = start(task, folder, "--run.steps", "3", "--log.trackers", "[]")
+                assert other.end(60) == 2 and "its prompts are not those" in other.words(), other.words()
             with pytest.raises(UserError, match=f"{key} = .*{file}: its prompts are not those"):
                 run(load(task / "config.yaml", where))
         finally:

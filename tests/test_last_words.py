@@ -1,0 +1,55 @@
+"""SIGTERM, with which a launcher ends the other ranks of a failed job, and the words of rank 0 about what failed."""
+
+import os
+import signal
+
+import pytest
+
+import tiny_models
+from core.config import load
+from core.faults import ProcessFault
+from launch import learners, run, train
+
+
+@pytest.fixture
+def argv(tmp_path, monkeypatch) -> list[str]:
+    """A run that fails while its parts are started."""
+
+    def fail(cfg, stack, note):
+        raise ProcessFault("what failed")
+
+    monkeypatch.setattr(learners, "join", fail)
+    tiny_models.save_model(tmp_path / "model")
+    (tmp_path / "rewards.py").write_text("def f(completions, **_):\n    return [0.0] * len(completions)\n")
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "the cat"}\n')
+    values = {"model.path": "model", "data.path": "prompts.jsonl", "rewards.a.fn": "rewards.py:f", "run.dir": "runs"}
+    values |= {"rollout.max_new_tokens": "8"}
+    monkeypatch.chdir(tmp_path)
+    return [word for key, value in values.items() for word in (f"--{key}", value)]
+
+
+@pytest.fixture(autouse=True)
+def handler():
+    before = signal.getsignal(signal.SIGTERM)
+    yield before
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_a_sigterm_after_the_fault_does_not_take_the_words(argv, monkeypatch, capsys):
+    """Another rank that ended first has the launcher send it while this one has still to say why."""
+    say = train._say
+
+    def late(error):
+        os.kill(os.getpid(), signal.SIGTERM)
+        say(error)
+
+    monkeypatch.setattr(train, "_say", late)
+    assert train.main(argv) == ProcessFault.exit_code
+    assert capsys.readouterr().err.splitlines()[-1] == "tokenppo: what failed"
+
+
+def test_a_process_that_lives_on_hears_sigterm_again(argv, handler):
+    values = dict(zip([key.removeprefix("--") for key in argv[::2]], argv[1::2], strict=True))
+    with pytest.raises(ProcessFault, match="what failed"):
+        run.run(load(None, values))
+    assert signal.getsignal(signal.SIGTERM) == handler
