@@ -11,7 +11,7 @@ import sys
 import threading
 import urllib.parse
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from core.config import Config
@@ -19,6 +19,7 @@ from core.faults import TERMINATED, ProcessFault, UserError
 
 EXIT_CODE_FOLDER = "TOKENPPO_EXIT_CODES"  # set by `tokenppo train`: accelerate launch turns every failure into a 1
 HUB, HUB_S = "https://huggingface.co", 3
+LAST_WORDS_S = 30.0
 # Workers of a cluster that was there before have the environment of that cluster, not ours.
 FOR_WORKERS = ("OMP_WAIT_POLICY", "CUBLAS_WORKSPACE_CONFIG", "TQDM_DISABLE")
 
@@ -40,6 +41,20 @@ def device(cfg: Config) -> str:
 def launched() -> tuple[int, int]:
     """(rank, number) of the learner processes, as the launcher wrote them into the environment."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def outlast_rank_0() -> None:
+    """Wait, at most LAST_WORDS_S, until rank 0 of this job has ended, where it is on this machine.
+
+    A launcher ends all ranks as soon as one has failed, and rank 0 has a summary to write and to say what happened.
+    While Ray shuts down there, SIGTERM kills it at once: Ray's C++ side puts the default action back.
+    """
+    import psutil
+
+    for sibling in psutil.Process(os.getppid()).children():
+        with suppress(psutil.Error):
+            if sibling.environ().get("RANK") == "0":
+                psutil.wait_procs([sibling], timeout=LAST_WORDS_S)
 
 
 def thread_plan(cfg: Config, learners_here: int | None = None) -> tuple[int, int]:
@@ -150,7 +165,10 @@ def ray_session(cfg: Config, address: str | None = None) -> Iterator[str]:
     try:
         yield ray.get_runtime_context().gcs_address
     finally:
+        heard = signal.getsignal(signal.SIGTERM)
         ray.shutdown()
+        if heard is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, heard)  # Ray's C++ side has put the default action there
 
 
 def refuse_unreachable(address: str) -> None:

@@ -54,6 +54,8 @@ def main(argv: list[str]) -> int:
         return 0
     except (Fault, KeyboardInterrupt, SystemExit) as error:
         _say(error)
+        if cluster.launched()[0] and getattr(error, "known_to_all", False):
+            cluster.outlast_rank_0()
         return exit_code_of(error)
 
 
