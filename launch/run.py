@@ -5,12 +5,11 @@ Each learner process runs this. Rank 0 owns the run folder, Ray, the trackers an
 
 import json
 import os
-import signal
-import threading
+import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +19,10 @@ from accelerate import Accelerator
 from rich.console import Console
 
 from core.config import Config
-from core.faults import StorageFault, UserError, exit_code_of
+from core.faults import TERMINATED, StorageFault, UserError, exit_code_of
 from launch import build, cluster, early, learners, room, run_folder
 from launch.exchange import Exchange
+from launch.last_words import on_sigterm, undisturbed_end
 from launch.trackers import Trackers
 from launch.weight_transport import ObjectStoreTransport
 from rollout.prompts import PromptStream
@@ -86,7 +86,7 @@ def run(cfg: Config, inline: Inline = Inline(), *, lives_on: bool = True) -> Run
     """
     started = time.perf_counter()
     console = Console()
-    with ExitStack() as stack, _undisturbed_end(stack, lives_on):
+    with ExitStack() as stack, undisturbed_end(stack, lives_on):
         accelerator, ranks = learners.join(cfg, stack, console.print)
         with ranks.together():
             job = Job(
@@ -117,14 +117,15 @@ def run(cfg: Config, inline: Inline = Inline(), *, lives_on: bool = True) -> Run
                     dropped = run_folder.drop_after(job.folder, resumed_from)
                     console.print(_where_it_goes_on(job.folder, saved, dropped), markup=False, soft_wrap=True)
         try:
-            with ranks.together():
-                if ranks.is_main:
-                    for path, rows in ((cfg.data.path, inline.rows), (cfg.data.eval_path, inline.eval_rows)):
-                        if rows is not None:
-                            run_folder.write_rows(Path(path), rows)
-            with ExitStack() as parts:
-                with _undisturbed_end(stack, lives_on):  # closes before `parts`, which ends what was started
-                    _train(job, found, saved, parts, summary)
+            with on_sigterm(lambda: _note_the_end(job, summary)):
+                with ranks.together():
+                    if ranks.is_main:
+                        for path, rows in ((cfg.data.path, inline.rows), (cfg.data.eval_path, inline.eval_rows)):
+                            if rows is not None:
+                                run_folder.write_rows(Path(path), rows)
+                with ExitStack() as parts:
+                    with undisturbed_end(stack, lives_on):  # closes before `parts`, which ends what was started
+                        _train(job, found, saved, parts, summary)
             summary["exit"] = 0
         except BaseException as error:
             summary |= {"exit": exit_code_of(error), "error": f"{type(error).__name__}: {error}".removesuffix(": ")}
@@ -139,6 +140,13 @@ def run(cfg: Config, inline: Inline = Inline(), *, lives_on: bool = True) -> Run
                         raise
                     console.print(f"warning: {error}", markup=False, soft_wrap=True)  # what ended the run is said after
         return RunResult(job.folder, summary)
+
+
+def _note_the_end(job: Job, summary: dict[str, Any]) -> None:
+    """Of a run that was told to end: there may be no later. What ends in order writes its summary again."""
+    if job.ranks.is_main:
+        print("tokenppo: SIGTERM: ending what was started", file=sys.stderr, flush=True)
+        run_folder.write_summary(job.folder, summary | {"exit": TERMINATED, "error": f"SystemExit: {TERMINATED}"})
 
 
 def _read_input(cfg: Config, inline: Inline) -> dict[str, Any]:
@@ -219,6 +227,7 @@ def _train(
                     save_pretrained(learner.policy, job.tokenizer, folder / "best")
 
     def on_step(step: int) -> None:
+        summary["steps"] = step
         if step % cfg.run.save_every and step != cfg.run.steps:
             return
         with log.time("checkpoint"):
@@ -370,18 +379,3 @@ def _parts_in_words(cfg: Config, ranks: Ranks) -> str:
     learner = "the learner" if ranks.size == 1 else f"{ranks.size} learner processes"
     server = "a reward server" if ranks.size == 1 else f"{ranks.size} reward servers"
     return f"{count(cfg.rollout.workers, 'rollout worker')}, {server} and {learner}"
-
-
-@contextmanager
-def _undisturbed_end(stack: ExitStack, lives_on: bool) -> Iterator[None]:
-    """After an exception the SIGTERM with which a launcher ends the ranks that are left cuts nothing short: neither the
-    end of what was started nor the words of rank 0, which the other ranks leave to it. A process that lives on, such as
-    a notebook, hears it again when `stack` has closed."""
-    try:
-        yield
-    except BaseException:
-        if threading.current_thread() is threading.main_thread():
-            heard = signal.signal(signal.SIGTERM, signal.SIG_IGN)
-            if lives_on:
-                stack.callback(signal.signal, signal.SIGTERM, heard)
-        raise

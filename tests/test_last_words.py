@@ -1,7 +1,9 @@
 """SIGTERM, with which a launcher ends the other ranks of a failed job, and the words of rank 0 about what failed."""
 
+import ctypes
 import os
 import signal
+import threading
 
 import pytest
 
@@ -9,6 +11,7 @@ import tiny_models
 from core.config import load
 from core.faults import ProcessFault
 from launch import learners, run, train
+from launch.last_words import on_sigterm
 
 
 @pytest.fixture
@@ -53,3 +56,40 @@ def test_a_process_that_lives_on_hears_sigterm_again(argv, handler):
     with pytest.raises(ProcessFault, match="what failed"):
         run.run(load(None, values))
     assert signal.getsignal(signal.SIGTERM) == handler
+
+
+def test_sigterm_is_heard_while_the_main_thread_is_in_a_call_into_c():
+    """In place of `ray.get`: a read that only the thread can end; no handler in Python runs before it is over."""
+    source, sink = os.pipe()
+    handled = []
+    signal.signal(signal.SIGTERM, lambda *_: handled.append(1))
+    answer = ctypes.create_string_buffer(1)
+    given_up = threading.Timer(10, os.write, (sink, b"-"))
+    with on_sigterm(lambda: os.write(sink, b"+")):
+        terminate = threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM))
+        given_up.start()
+        terminate.start()
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # here only: it would interrupt the read
+        try:
+            assert ctypes.CDLL(None).read(source, answer, 1) == 1
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+    given_up.cancel()
+    given_up.join()
+    os.close(source)
+    os.close(sink)
+    assert answer.value == b"+" and handled == [1], "the handler of the process runs too"
+
+
+def test_sigterm_after_the_block_and_other_signals_within_it_call_nothing():
+    called = []
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        before = signal.signal(number, lambda *_: None)
+        try:
+            with on_sigterm(lambda: called.append(1)):
+                if number == signal.SIGUSR1:
+                    os.kill(os.getpid(), number)
+            os.kill(os.getpid(), number)
+        finally:
+            signal.signal(number, before)
+    assert not called and signal.set_wakeup_fd(-1) == -1 and "sigterm" not in {t.name for t in threading.enumerate()}

@@ -101,7 +101,8 @@ def test_a_run_closes_its_files_when_slurm_ends_it(task, tmp_path):
     for process in [psutil.Process(job.pid), *family]:
         process.terminate()
     out, err = job.communicate(timeout=60)
-    assert "stopped before the end" in err, err
+    # Ray may end the learner before all else has ended, of which the last line would tell.
+    assert "tokenppo: SIGTERM: ending what was started" in err, err
     summary = json.loads((folder / "summary.json").read_text())
     # Which end it hears of first is not ours to say: its own (143), or that of a worker in the middle of a call (1).
     assert summary["error"] in ("SystemExit: 143", "SystemExit: 1") and summary["steps"] >= 1, summary
