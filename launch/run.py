@@ -124,7 +124,10 @@ def run(cfg: Config, inline: Inline = Inline(), *, lives_on: bool = True) -> Run
                             if rows is not None:
                                 run_folder.write_rows(Path(path), rows)
                 with ExitStack() as parts:
-                    with undisturbed_end(stack, lives_on):  # closes before `parts`, which ends what was started
+                    with (
+                        job.ranks.may_lose_peers(),
+                        undisturbed_end(stack, lives_on),
+                    ):  # closes before `parts`, which ends what was started
                         _train(job, found, saved, parts, summary)
             summary["exit"] = 0
         except BaseException as error:

@@ -91,14 +91,28 @@ class Ranks:
                 raise error
 
     @contextmanager
+    def may_lose_peers(self) -> Iterator[None]:
+        """A block in which an engine calls collectives of its own: a peer lost in one is a ProcessFault there too."""
+        try:
+            yield
+        except RuntimeError as error:
+            # NCCL's errors have a class. Gloo's are plain RuntimeErrors, as much else is, that name its source file.
+            if self.size == 1 or not (isinstance(error, dist.DistError) or "/gloo/" in str(error)):
+                raise
+            raise self._lost("engine", error) from None
+
+    @contextmanager
     def _peers(self, what: str) -> Iterator[None]:
         try:
             yield
         except RuntimeError as error:
-            raise ProcessFault(
-                f"learner rank {self.index} lost another rank, or waited more than resources.collective_timeout_s ="
-                f" {self._timeout_s:g} s for it ({what}: {(str(error).splitlines() or ['no words'])[0]})"
-            ) from None
+            raise self._lost(what, error) from None
+
+    def _lost(self, what: str, error: RuntimeError) -> ProcessFault:
+        return ProcessFault(
+            f"learner rank {self.index} lost another rank, or waited more than resources.collective_timeout_s ="
+            f" {self._timeout_s:g} s for it ({what}: {(str(error).splitlines() or ['no words'])[0]})"
+        )
 
 
 def _words(error: Exception) -> tuple[str, str]:
