@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from launch.train import RunResult
-    from reward_server.components import Span
+    from reward_server.placing import Span
 
 __all__ = ["Span", "evaluate", "train"]
 
@@ -58,7 +58,7 @@ def claim_packages() -> None:
 
 def __getattr__(name: str) -> Any:
     if name == "Span":
-        from reward_server.components import Span
+        from reward_server.placing import Span
 
         return Span
     raise AttributeError(f"module 'tokenppo' has no attribute {name!r}; it has {', '.join(__all__)}")

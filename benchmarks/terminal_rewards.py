@@ -11,7 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from reward_server.components import Span, load_component
+from reward_server.components import load_component
+from reward_server.placing import Span
 
 DENSE = Path(__file__).parent.parent / "examples" / "cards" / "rewards.py"
 

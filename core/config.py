@@ -92,6 +92,8 @@ class RewardConfig(Section):
     """Factor in the sum of components; with 0 the component is only a metric, logged but never paid."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments of the function or class."""
+    spans: Literal["spread", "last"] = "spread"
+    """The score of a span goes evenly to its tokens, or whole to the last of them."""
     normalize: Literal["none", "running", "batch"] = "none"
     """Divide by the standard deviation of all batches so far, or of this batch. The mean is never shifted."""
     clip: float | None = Field(None, gt=0)

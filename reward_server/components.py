@@ -1,6 +1,6 @@
 """Reward components: how they are named, called, and how their answers become one number per token.
 
-A component is a function or class of the user. For a batch of completions it answers with one entry each:
+A component is a function or a class. For a batch of completions it answers with one entry each:
 
     0.5                           a float goes to the last token
     [0.0, 0.1, -1.0]              a list of T floats, one per token
@@ -8,8 +8,9 @@ A component is a function or class of the user. For a batch of completions it an
     None                          does not apply: masked, which is not zero
 
 TRL's reward functions run unmodified: `f(prompts, completions, completion_ids, **columns)`. Ours may also take
-`offsets` and `finish_reasons`. A function gets those of these arguments that its signature names; a class gets its
-options once and is called like a function.
+`offsets` and `finish_reasons`. A function gets those of these arguments that its signature names, plain or `async`. A
+class gets its options once and is called like a function, or has `score(batch: ScoreRequest)`, and may have
+`setup(device)`, where it loads what it needs, and `close()`.
 
 Whatever goes wrong in a component becomes a RewardFault, never a number.
 
@@ -23,31 +24,23 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
-import math
-import operator
 import sys
 import traceback
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from core.faults import RewardFault, UserError
+from core.faults import Fault, RewardFault, UserError
 from core.trajectory import FinishReason, Trajectory
+from reward_server.placing import Span, Spans, place, shown
 
+Placed = tuple[np.ndarray, np.ndarray]  # [T] float64 rewards, [T] bool mask
 PASSED = ("prompts", "completions", "completion_ids", "offsets", "finish_reasons")  # to every component that wants them
 Messages = list[dict[str, Any]]
-
-
-class Span(NamedTuple):
-    """A score for the characters [start, end) of the completion, in code points; its tokens share it evenly."""
-
-    start: int
-    end: int
-    score: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +49,7 @@ class ScoreRequest:
 
     Example, one sample:
 
+        prompt_ids      [[17, 10, 17, 28]]  what the policy was given, chat template included
         prompts         ["2+2="]            or [[{"role": "user", "content": "2+2="}]]
         completions     ["4."]              then [[{"role": "assistant", "content": "4."}]]
         completion_ids  [[19, 13, 0]]
@@ -67,6 +61,7 @@ class ScoreRequest:
 
     prompts: list[str | Messages]
     completions: list[str | Messages]
+    prompt_ids: list[list[int]]  # B x [P]
     completion_ids: list[list[int]]  # B x [T]
     offsets: list[np.ndarray]  # B x [T, 2] int64 code points of the completion's text
     finish_reasons: list[FinishReason]
@@ -81,7 +76,7 @@ class ScoreRequest:
                     f"data column `{name}`: reward components get an argument of this name from tokenppo; "
                     f"rename the column (taken: prompt, {', '.join(PASSED)})"
                 )
-        named = {name: getattr(self, name) for name in PASSED} | self.columns
+        named = {name: getattr(self, name) for name in (*PASSED, "prompt_ids")} | self.columns
         for name, values in named.items():
             if len(values) != len(self):
                 raise ValueError(f"`{name}` has {len(values)} entries for {len(self)} samples")
@@ -101,6 +96,7 @@ class ScoreRequest:
                 text if isinstance(row["prompt"], str) else [{"role": "assistant", "content": text}]
                 for row, text in zip(rows, texts, strict=True)
             ],
+            prompt_ids=[trajectory.request.prompt_ids.tolist() for trajectory in trajectories],
             completion_ids=[trajectory.response_ids.tolist() for trajectory in trajectories],
             offsets=[trajectory.token_offsets for trajectory in trajectories],
             finish_reasons=[trajectory.finish_reason for trajectory in trajectories],
@@ -137,13 +133,15 @@ def check_options(component: str, fn: Callable, options: Iterable[str]) -> None:
 
 
 class Component:
-    """One named reward: a function that gets `options` with each call, or a class that gets them once.
+    """One named reward: a function that gets `options` with each call, or an object of a class that gets them once.
 
     Raises UserError at birth where the options do not fit.
     """
 
-    def __init__(self, name: str, fn: Callable, options: dict[str, Any] | None = None) -> None:
-        self.name = name
+    def __init__(
+        self, name: str, fn: Callable, options: dict[str, Any] | None = None, *, spans: Spans = "spread"
+    ) -> None:
+        self.name, self._spans = name, spans
         self._options = dict(options or {})
         check_options(name, fn, self._options)
         if inspect.isclass(fn):
@@ -152,25 +150,51 @@ class Component:
             except Exception as error:
                 raise UserError(f"rewards.{name}: {_label(fn)}(**options) {_raised(error, _file_of(fn))}") from None
             self._options = {}
-        if not callable(fn):
-            raise UserError(f"rewards.{name}: a {type(fn).__name__} cannot be called; give its class a __call__")
-        self._fn = fn
+        takes_batch = not inspect.isroutine(fn) and callable(getattr(fn, "score", None))
+        if not takes_batch and not callable(fn):
+            raise UserError(
+                f"rewards.{name}: a {type(fn).__name__} cannot be called; give its class a __call__ or a score(batch)"
+            )
+        self._fn, self._takes_batch = fn, takes_batch
 
-    def score(self, batch: ScoreRequest) -> list[Any]:
-        """The B entries that the function answers, as they are. Coroutines (TRL has them) are awaited here.
+    def setup(self, device: str) -> None:
+        """Let it load what it needs, once, before the first batch. Raises UserError where it cannot."""
+        setup = getattr(self._fn, "setup", None)
+        if callable(setup):
+            try:
+                setup(device)
+            except Fault:
+                raise
+            except Exception as error:
+                said = _raised(error, _file_of(self._fn))
+                raise UserError(f"rewards.{self.name}: {_label(self._fn)}.setup({device!r}) {said}") from None
 
-        Raises RewardFault, naming the component, where the function raises or does not answer with B entries.
-        """
-        arguments = self._arguments(batch)
+    def close(self) -> None:
+        """Let it go of what it holds."""
+        close = getattr(self._fn, "close", None)
+        if callable(close):
+            close()
+
+    def begin(self, batch: ScoreRequest) -> Any:
+        """Call it: its answer, or the awaitable of an `async` one. Raises RewardFault where it raises."""
         try:
-            answer = self._fn(**arguments)
-            if inspect.isawaitable(answer):
-                answer = asyncio.run(_awaited(answer))
+            if self._takes_batch:
+                return self._fn.score(batch)
+            return self._fn(**self._arguments(batch))
+        except RewardFault:
+            raise
         except Exception as error:  # not SystemExit: that is how a worker is told to end
-            raise self._fault(f"{_label(self._fn)} {_raised(error, _file_of(self._fn))}") from None
+            raise self.raised(error) from None
+
+    def raised(self, error: BaseException) -> RewardFault:
+        """The fault for what calling or awaiting it raised."""
+        return self._fault(f"{_label(self._fn)} {_raised(error, _file_of(self._fn))}")
+
+    def entries(self, answer: Any, batch: ScoreRequest) -> list[Any]:
+        """The B entries of an answer, as they are. Raises NotPerCompletion where it has not B."""
         is_list = isinstance(answer, (list, tuple)) and not isinstance(answer, Span)
         if not is_list and not (hasattr(answer, "tolist") and getattr(answer, "ndim", 0) > 0):
-            got = _shown(answer)
+            got = shown(answer)
             raise NotPerCompletion(
                 f"component {self.name!r}: answered {got}; wanted is a list, one entry per completion"
             )
@@ -178,6 +202,20 @@ class Component:
             got = f"{len(answer)} entries for {len(batch)} completions"
             raise NotPerCompletion(f"component {self.name!r}: answered {got}; one for each is wanted")
         return list(answer)
+
+    def place(self, answer: Any, batch: ScoreRequest) -> list[Placed | RewardFault]:
+        """What it answered, token by token, or the fault of a sample in its place; never raises for what it did."""
+        try:
+            entries = self.entries(answer, batch)
+        except RewardFault as fault:
+            return of_each(fault, batch)
+        placed: list[Placed | RewardFault] = []
+        for entry, offsets, uid in zip(entries, batch.offsets, batch.uids, strict=True):
+            try:
+                placed.append(place(entry, offsets, component=self.name, uid=uid, spans=self._spans))
+            except RewardFault as fault:
+                placed.append(fault)
+        return placed
 
     def _arguments(self, batch: ScoreRequest) -> dict[str, Any]:
         """Keyword arguments of one call, cut to the signature; copies, so that no component writes into another's."""
@@ -201,108 +239,33 @@ class Component:
         return RewardFault(f"component {self.name!r}: {reason}")
 
 
-def score_component(component: Component, batch: ScoreRequest) -> list[tuple[np.ndarray, np.ndarray] | RewardFault]:
-    """For each of the B samples its rewards and mask ([T] float64, [T] bool), or the fault that it has instead.
+def of_each(fault: RewardFault, batch: ScoreRequest) -> list[Placed | RewardFault]:
+    """A fault of the whole call as that of every sample."""
+    return [type(fault)(f"sample {uid}: {fault}") for uid in batch.uids]
+
+
+def score_components(components: Iterable[Component], batch: ScoreRequest) -> dict[str, list[Placed | RewardFault]]:
+    """By component, for each of the B samples its rewards and mask ([T] float64, [T] bool), or its fault instead.
 
     Never raises for what a component does. A fault of the call (an exception, a wrong number of entries) is that of
-    every sample; a fault in one entry is that of its sample alone. Each names the component and the sample.
+    every sample; a fault in one entry is that of its sample alone. Each names the component and the sample. `async`
+    components wait beside each other.
     """
-    try:
-        answers = component.score(batch)
-    except RewardFault as fault:
-        return [type(fault)(f"sample {uid}: {fault}") for uid in batch.uids]
-    placed: list[tuple[np.ndarray, np.ndarray] | RewardFault] = []
-    for answer, offsets, uid in zip(answers, batch.offsets, batch.uids, strict=True):
+    components, answers = list(components), {}
+    for component in components:
         try:
-            placed.append(place(answer, offsets, component=component.name, uid=uid))
+            answers[component.name] = component.begin(batch)
         except RewardFault as fault:
-            placed.append(fault)
-    return placed
-
-
-def place(answer: Any, offsets: np.ndarray, *, component: str, uid: str) -> tuple[np.ndarray, np.ndarray]:
-    """One entry of a component's answer as raw rewards [T] float64 and mask [T] bool (False: does not apply).
-
-    `offsets` [T, 2] are the code points of each token, covering the text, starts in ascending order. A span goes to
-    the tokens it overlaps, where a character shared by several tokens counts for its last one; they share the score
-    evenly, and the last takes the remainder, so that `math.fsum` of a span's parts is its score, exactly. Where spans
-    meet on a token their parts add up. Raises RewardFault, naming component and sample, for anything else.
-    """
-
-    def fault(reason: str) -> RewardFault:
-        return RewardFault(f"sample {uid}: component {component!r}: {reason}")
-
-    tokens = len(offsets)
-    if tokens == 0:
-        raise fault("the response has no tokens, so there is nothing to reward; aborted responses are not scored")
-    rewards = np.zeros(tokens)
-    if answer is None:
-        return rewards, np.zeros(tokens, dtype=bool)
-    if isinstance(answer, list) and all(isinstance(entry, Span) for entry in answer):
-        _spread(answer, np.asarray(offsets), rewards, fault)
-        return rewards, np.ones(tokens, dtype=bool)
-    plain = answer.tolist() if hasattr(answer, "tolist") else answer  # arrays, tensors and their scalars
-    allowed = f"allowed: a finite float, a list of {tokens} finite floats, a list of Span(start, end, score), or None"
-    if not isinstance(plain, list):
-        rewards[-1] = _number(plain)
-        if not np.isfinite(rewards[-1]):
-            raise fault(f"got {_shown(answer)}; {allowed}")
-    else:
-        if len(plain) != tokens:
-            raise fault(f"got a list of {len(plain)} entries for {tokens} tokens; {allowed}")
-        rewards[:] = [_number(entry) for entry in plain]
-        wrong = np.flatnonzero(~np.isfinite(rewards))
-        if len(wrong):
-            raise fault(f"got {_shown(plain[wrong[0]])} for token {wrong[0]}; {allowed}")
-    return rewards, np.ones(tokens, dtype=bool)
-
-
-def _spread(spans: list[Span], offsets: np.ndarray, rewards: np.ndarray, fault: Callable[[str], RewardFault]) -> None:
-    """Adds the parts of each span to `rewards` [T]; `offsets` [T, 2]."""
-    starts, stops = offsets[:, 0], offsets[:, 1]
-    length = int(stops.max())
-    # A token owns its characters up to the start of the next token that has any: a shared one is its last token's.
-    nowhere = length + 1
-    from_here = np.minimum.accumulate(np.where(stops > starts, starts, nowhere)[::-1])[::-1]
-    owned_stops = np.minimum(stops, np.append(from_here[1:], nowhere))
-    for span in spans:
-        start, end, score = _index(span.start), _index(span.end), _number(span.score)
-        if start is None or end is None:
-            raise fault(f"{_shown(span)}: start and end are whole numbers of characters")
-        if not math.isfinite(score):
-            raise fault(f"{_shown(span)}: the score must be a finite float")
-        if not 0 <= start < end <= length:
-            raise fault(f"{_shown(span)}: allowed is 0 <= start < end <= {length}, the characters of the completion")
-        reached = np.flatnonzero((starts < end) & (owned_stops > start) & (owned_stops > starts))
-        if len(reached) == 0:
-            raise fault(f"{_shown(span)} meets no token")
-        part = score / len(reached)
-        parts = [part] * (len(reached) - 1)
-        parts.append(math.fsum([score, *(-part for part in parts)]))
-        with np.errstate(over="ignore"):
-            rewards[reached] += parts
-    if not np.isfinite(rewards).all():
-        raise fault("the scores of its spans add up to more than a float64 holds")
-
-
-def _number(value: Any) -> float:
-    """`value` as a float; NaN for anything that is no number, bool included, which the caller refuses."""
-    if hasattr(value, "tolist"):
-        value = value.tolist()
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return math.nan
-    try:
-        return float(value)
-    except OverflowError:  # an int that no float holds
-        return math.inf
-
-
-def _index(value: Any) -> int | None:
-    """`value` as an int, numpy's included; None for anything else, bool included."""
-    try:
-        return None if isinstance(value, (bool, np.bool_)) else operator.index(value)
-    except TypeError:
-        return None
+            answers[component.name] = fault
+    waiting = [component for component in components if inspect.isawaitable(answers[component.name])]
+    if waiting:
+        for component, answer in zip(waiting, asyncio.run(_all(answers[c.name] for c in waiting)), strict=True):
+            failed = isinstance(answer, BaseException) and not isinstance(answer, RewardFault)
+            answers[component.name] = component.raised(answer) if failed else answer
+    return {
+        component.name: of_each(answer, batch) if isinstance(answer, RewardFault) else component.place(answer, batch)
+        for component, answer in ((c, answers[c.name]) for c in components)
+    }
 
 
 def load_component(spec: str) -> Callable:
@@ -394,8 +357,9 @@ def _deep(value: Any) -> Any:
     return value
 
 
-async def _awaited(answer: Awaitable[Any]) -> Any:
-    return await answer
+async def _all(answers: Iterable[Awaitable[Any]]) -> list[Any]:
+    """What each comes to, exceptions included."""
+    return await asyncio.gather(*answers, return_exceptions=True)
 
 
 def _nearest(name: str, names: Iterable[str]) -> str:
@@ -405,13 +369,6 @@ def _nearest(name: str, names: Iterable[str]) -> str:
     if close:
         return f"; did you mean `{close[0]}`?"
     return f"; there is {', '.join(sorted(names)[:12])}" if names else ""
-
-
-def _shown(value: Any) -> str:
-    """A value in a message: short, one line, with its type where that is not obvious."""
-    text = " ".join(repr(value).split())
-    text = text if len(text) <= 80 else f"{text[:77]}..."
-    return text if isinstance(value, Span) or value is None else f"{text} ({type(value).__name__})"
 
 
 def _label(fn: Callable) -> str:

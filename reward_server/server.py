@@ -13,7 +13,8 @@ import torch
 
 from core.config import RewardConfig
 from core.trajectory import Trajectory
-from reward_server.components import Component, NotPerCompletion, ScoreRequest, load_component, score_component
+from reward_server.components import NotPerCompletion, ScoreRequest
+from reward_server.scorer import Scorer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,19 +34,21 @@ class RewardServer:
         load_tokenizer: Callable[[], Any],
         *,
         functions: dict[str, Callable] | None = None,
+        device: str = "cpu",
     ) -> None:
         """`functions`: callables of the user's script by component name; they win over `fn`."""
         torch.set_num_threads(1)
         self._tokenizer = load_tokenizer()
-        functions = functions or {}
-        self._components = [
-            Component(name, functions[name] if name in functions else load_component(spec.fn), spec.options)
-            for name, spec in components.items()
-        ]
+        self._scorer = Scorer(components, functions)
+        self._scorer.setup(device)
 
     def hello(self) -> int:
         """Process id; answers once tokenizer and components are loaded."""
         return os.getpid()
+
+    def close(self) -> None:
+        """Have the components let go of what they hold."""
+        self._scorer.close()
 
     def score(self, trajectories: list[Trajectory]) -> tuple[list[Trajectory], list[ScoreFailure]]:
         """Raw rewards of every component for each response; samples that a component failed on come back apart."""
@@ -55,8 +58,7 @@ class RewardServer:
             )
             for t in trajectories
         ]
-        request = ScoreRequest.from_trajectories(trajectories, texts)
-        answers = {c.name: score_component(c, request) for c in self._components}
+        answers = self._scorer.score(ScoreRequest.from_trajectories(trajectories, texts))
         scored, failures = [], []
         for i, trajectory in enumerate(trajectories):
             failed = [(name, a[i]) for name, a in answers.items() if isinstance(a[i], Exception)]

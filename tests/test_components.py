@@ -1,5 +1,6 @@
 """Reward components: every kind of answer worked by hand, every way to be wrong named, the user's code left alone."""
 
+import asyncio
 import functools
 import math
 import sys
@@ -7,26 +8,30 @@ import textwrap
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from core.faults import RewardFault, UserError
 from core.trajectory import PromptRequest, Trajectory
-from reward_server.components import Component, ScoreRequest, Span, load_component, place, score_component
+from reward_server.components import Component, ScoreRequest, load_component, score_components
+from reward_server.placing import Span
 
 OFFSETS = np.array([[0, 3], [3, 7], [7, 8], [8, 8]])  # "the", " cat", ".", <eos>
 
 
-def placed(answer, offsets=OFFSETS) -> tuple[list[float], list[bool]]:
-    rewards, mask = place(answer, offsets, component="truth", uid="u7")
-    assert rewards.dtype == np.float64 and mask.dtype == bool and len(rewards) == len(mask) == len(offsets)
-    return rewards.tolist(), mask.tolist()
+def entries(component: Component, batch: ScoreRequest) -> list:
+    """What it answers, before it is placed."""
+    answer = component.begin(batch)
+    return component.entries(asyncio.run(answer) if asyncio.iscoroutine(answer) else answer, batch)
+
+
+def score_component(component: Component, batch: ScoreRequest) -> list:
+    return score_components([component], batch)[component.name]
 
 
 def request(prompts=("p",), texts=("the cat.",), columns=None, **changes) -> ScoreRequest:
     fields = {
         "prompts": list(prompts),
         "completions": list(texts),
+        "prompt_ids": [[1, 2] for _ in texts],
         "completion_ids": [[5, 6, 7, 0] for _ in texts],
         "offsets": [OFFSETS for _ in texts],
         "finish_reasons": ["stop" for _ in texts],
@@ -51,139 +56,6 @@ def trajectory(prompt, *, k: int = 0, **columns) -> Trajectory:
     )
 
 
-class TestPlace:
-    def test_a_float_goes_to_the_last_token(self):
-        assert placed(0.5) == ([0, 0, 0, 0.5], [True] * 4)
-
-    @pytest.mark.parametrize("answer", [2, np.float32(2), np.int64(2), np.array(2.0)])
-    def test_numbers_of_other_types(self, answer):
-        assert placed(answer)[0] == [0, 0, 0, 2.0]
-
-    def test_a_list_gives_one_per_token(self):
-        assert placed([0.0, 1, -0.25, 2.0]) == ([0, 1, -0.25, 2], [True] * 4)
-        assert placed(np.array([0, 1, 2, 3], dtype=np.float32))[0] == [0, 1, 2, 3]
-        assert placed([np.float32(0.5), 0, 0, np.int32(3)])[0] == [0.5, 0, 0, 3]
-
-    def test_none_does_not_apply(self):
-        assert placed(None) == ([0, 0, 0, 0], [False] * 4)
-
-    def test_no_spans_is_zero_and_applies(self):
-        assert placed([]) == ([0, 0, 0, 0], [True] * 4)
-
-    def test_a_span_within_one_token(self):
-        assert placed([Span(4, 7, 1.0)])[0] == [0, 1, 0, 0]  # "cat" within " cat"
-
-    def test_a_span_over_tokens_is_shared_evenly(self):
-        assert placed([Span(2, 8, 3.0)])[0] == [1, 1, 1, 0]
-        assert placed([Span(0, 4, 1.0)])[0] == [0.5, 0.5, 0, 0]
-
-    def test_the_last_token_takes_the_remainder(self):
-        assert math.fsum([0.9 / 3] * 3) != 0.9
-        assert placed([Span(0, 8, 0.9)])[0] == [0.3, 0.3, 0.30000000000000004, 0]
-
-    def test_spans_that_meet_add_up(self):
-        assert placed([Span(0, 3, 1.0), Span(2, 4, -0.5), Span(0, 8, 3.0)])[0] == [1.75, 0.75, 1, 0]
-
-    def test_a_split_character_counts_for_its_last_token(self):
-        """ "aé😀": a | é in 2 tokens | the emoji in 4; <eos> within it, as if sampled there, never gets anything."""
-        offsets = np.array([[0, 1], [1, 2], [1, 2], [2, 3], [2, 3], [2, 2], [2, 3], [2, 3]])
-        assert placed([Span(1, 2, 1.0)], offsets)[0] == [0, 0, 1, 0, 0, 0, 0, 0]
-        assert placed([Span(2, 3, 1.0)], offsets)[0] == [0, 0, 0, 0, 0, 0, 0, 1]
-        assert placed([Span(0, 3, 3.0)], offsets)[0] == [1, 0, 1, 0, 0, 0, 0, 1]
-
-    def test_a_token_with_characters_of_its_own_beside_the_split_one(self):
-        """ "aéb" as [a + half of é][other half + b]: the first token owns a only, the second é and b."""
-        offsets = np.array([[0, 2], [1, 3]])
-        assert placed([Span(1, 2, 1.0)], offsets)[0] == [0, 1]
-        assert placed([Span(0, 2, 1.0)], offsets)[0] == [0.5, 0.5]
-
-    @settings(max_examples=500, deadline=None)
-    @given(
-        score=st.floats(allow_nan=False, allow_infinity=False),
-        tokens=st.integers(1, 60),
-        bounds=st.tuples(st.integers(0, 59), st.integers(1, 60)),
-    )
-    def test_the_parts_of_a_span_sum_to_its_score_exactly(self, score, tokens, bounds):
-        start, end = min(bounds[0], tokens - 1), min(bounds[1], tokens)
-        start = min(start, end - 1)
-        offsets = np.stack([np.arange(tokens), np.arange(1, tokens + 1)], axis=1)
-        rewards, _ = place([Span(start, end, score)], offsets, component="c", uid="u")
-        assert math.fsum(rewards) == score
-        assert not rewards[:start].any() and not rewards[end:].any()
-
-    @settings(max_examples=200, deadline=None)
-    @given(
-        text=st.text("aé😀", min_size=1, max_size=8),
-        cuts=st.sets(st.integers(1, 31)),
-        where=st.tuples(*[st.floats(0, 1)] * 2),
-    )
-    def test_any_text_cut_anywhere_finds_the_owners(self, text, cuts, where):
-        """The rule in its own words, character by character: the last token with a byte of it owns it."""
-        data = text.encode()
-        char_of_byte = [i for i, character in enumerate(text) for _ in character.encode()]
-        bounds = [0, *sorted(cut for cut in cuts if cut < len(data)), len(data)]
-        offsets = np.array(
-            [(char_of_byte[a], char_of_byte[b - 1] + 1) for a, b in zip(bounds, bounds[1:], strict=False)]
-        )
-        owners = [max(t for t, (a, b) in enumerate(offsets) if a <= i < b) for i in range(len(text))]
-        start, end = sorted(round(x * len(text)) for x in where)
-        end = max(end, start + 1)
-        start, end = (start, end) if end <= len(text) else (len(text) - 1, len(text))
-        rewards, _ = place([Span(start, end, 7.0)], offsets, component="c", uid="u")
-        assert set(np.flatnonzero(rewards)) == set(owners[start:end])
-        assert math.fsum(rewards) == 7.0
-
-    @pytest.mark.parametrize(
-        ("answer", "says"),
-        [
-            ("good", "'good' (str)"),
-            (True, "True (bool)"),
-            (np.bool_(True), "(bool)"),
-            (math.nan, "nan (float)"),
-            (math.inf, "inf (float)"),
-            (10**400, "(int)"),
-            (1j, "1j (complex)"),
-            ({"score": 1.0}, "{'score': 1.0} (dict)"),
-            ((0.0, 0.0, 0.0, 1.0), "(tuple)"),
-            (Span(0, 3, 1.0), "Span(start=0, end=3, score=1.0)"),
-            ([1.0, 2.0], "a list of 2 entries for 4 tokens"),
-            (np.zeros((0,)), "a list of 0 entries for 4 tokens"),
-            ([0.0, math.nan, 0.0, 0.0], "nan (float) for token 1"),
-            ([0.0, 0.0, False, 0.0], "False (bool) for token 2"),
-            ([0.0, 0.0, 0.0, None], "None for token 3"),
-            ([[0.0], [0.0], [0.0], [0.0]], "[0.0] (list) for token 0"),
-            ([Span(0, 1, 1.0), 0.0, 0.0, 0.0], "Span(start=0, end=1, score=1.0) for token 0"),
-            ([Span(-1, 3, 1.0)], "0 <= start < end <= 8"),
-            ([Span(3, 9, 1.0)], "Span(start=3, end=9, score=1.0): allowed is 0 <= start < end <= 8"),
-            ([Span(3, 3, 1.0)], "0 <= start < end <= 8"),
-            ([Span(5, 3, 1.0)], "0 <= start < end <= 8"),
-            ([Span(0.0, 3.0, 1.0)], "whole numbers"),
-            ([Span(False, True, 1.0)], "whole numbers"),
-            ([Span(0, 3, math.nan)], "must be a finite float"),
-            ([Span(0, 3, "1")], "must be a finite float"),
-            ([Span(0, 1, 1.7e308), Span(0, 1, 1.7e308)], "more than a float64 holds"),
-        ],
-    )
-    def test_anything_else_is_refused_by_name(self, answer, says):
-        with pytest.raises(RewardFault) as fault:
-            place(answer, OFFSETS, component="truth", uid="u7")
-        message = str(fault.value)
-        assert message.startswith("sample u7: component 'truth': ") and says in message and "\n" not in message
-
-    def test_a_span_in_a_text_without_characters_is_refused(self):
-        with pytest.raises(RewardFault, match="0 <= start < end <= 0"):
-            place([Span(0, 1, 1.0)], np.array([[0, 0]]), component="truth", uid="u7")
-
-    def test_a_span_that_meets_no_token_is_refused(self):
-        with pytest.raises(RewardFault, match=r"u7.*truth.*Span\(start=1, end=2, score=1.0\) meets no token"):
-            place([Span(1, 2, 1.0)], np.array([[0, 1], [2, 3]]), component="truth", uid="u7")
-
-    @pytest.mark.parametrize("answer", [1.0, None, []])
-    def test_no_tokens_no_reward(self, answer):
-        with pytest.raises(RewardFault, match="u7.*truth.*no tokens"):
-            place(answer, np.zeros((0, 2), dtype=np.int64), component="truth", uid="u7")
-
-
 def trl_length(prompts, completions, completion_ids, **kwargs):
     """As in TRL's documentation."""
     return [float(len(ids)) for ids in completion_ids]
@@ -196,8 +68,8 @@ def trl_answer(completions, answer, **kwargs):
 class TestComponent:
     def test_trl_functions_unmodified(self):
         batch = request(["p", "q"], ["the cat.", "a dog."], {"answer": ["cat", "cat"], "level": [1, 2]})
-        assert Component("length", trl_length).score(batch) == [4.0, 4.0]
-        assert Component("answer", trl_answer).score(batch) == [1.0, 0.0]
+        assert entries(Component("length", trl_length), batch) == [4.0, 4.0]
+        assert entries(Component("answer", trl_answer), batch) == [1.0, 0.0]
 
     def test_a_trl_function_on_conversations(self):
         def think_format(completions, **kwargs):
@@ -206,31 +78,31 @@ class TestComponent:
 
         messages = [{"role": "user", "content": "hi"}]
         batch = ScoreRequest.from_trajectories([trajectory(messages)], ["the cat."])
-        assert Component("think", think_format).score(batch) == [1.0]
+        assert entries(Component("think", think_format), batch) == [1.0]
 
     def test_a_coroutine_is_awaited(self):
         async def slow(completions, **kwargs):
             return [1.0 for _ in completions]
 
-        assert Component("slow", slow).score(request()) == [1.0]
+        assert entries(Component("slow", slow), request()) == [1.0]
 
     def test_a_function_gets_what_it_names(self):
         def fn(finish_reasons, offsets, level=0):
             assert finish_reasons == ["stop"] and offsets[0].tolist() == OFFSETS.tolist() and level == [3]
             return [[0.0, 0.0, 0.0, 1.0]]
 
-        assert Component("c", fn).score(request(columns={"level": [3], "unused": [None]})) == [[0.0, 0.0, 0.0, 1.0]]
+        assert entries(Component("c", fn), request(columns={"level": [3], "unused": [None]})) == [[0.0, 0.0, 0.0, 1.0]]
 
     def test_a_function_gets_everything_through_kwargs(self):
         seen = {}
-        Component("c", lambda **kwargs: seen.update(kwargs) or [0.0]).score(request(columns={"level": [3]}))
+        entries(Component("c", lambda **kwargs: seen.update(kwargs) or [0.0]), request(columns={"level": [3]}))
         assert sorted(seen) == ["completion_ids", "completions", "finish_reasons", "level", "offsets", "prompts"]
 
     def test_a_function_gets_its_options_with_each_call(self):
         def fn(completions, factor=1.0):
             return [factor for _ in completions]
 
-        assert Component("c", fn, {"factor": 3.0}).score(request()) == [3.0]
+        assert entries(Component("c", fn, {"factor": 3.0}), request()) == [3.0]
 
     def test_a_class_gets_its_options_once(self):
         class Words:
@@ -268,7 +140,7 @@ class TestComponent:
         batch = ScoreRequest.from_trajectories(
             [trajectory([{"role": "user", "content": "hi"}], tags=["a"])], ["the cat."]
         )
-        Component("vandal", vandal).score(batch)
+        entries(Component("vandal", vandal), batch)
         assert batch.prompts == [[{"role": "user", "content": "hi"}]] and batch.columns == {"tags": [["a"]]}
         assert batch.completions == [[{"role": "assistant", "content": "the cat."}]]
         assert batch.completion_ids == [[5, 6, 7, 0]]
@@ -284,12 +156,12 @@ class TestComponent:
             return [0.0]
 
         with pytest.raises(RewardFault, match=r"component 'c'.* wants `answr`.*did you mean `answer`"):
-            Component("c", fn).score(request(columns={"answer": ["4"]}))
+            entries(Component("c", fn), request(columns={"answer": ["4"]}))
 
     def test_an_option_with_the_name_of_a_column_is_refused(self):
         component = Component("c", lambda completions, level: [0.0], {"level": 1})
         with pytest.raises(RewardFault, match="component 'c'.*`level` is both an option"):
-            component.score(request(columns={"level": [3]}))
+            entries(component, request(columns={"level": [3]}))
 
     def test_wrong_options_are_found_at_birth(self):
         class Words:
@@ -437,8 +309,8 @@ class TestLoadComponent:
         before = list(sys.path)
         finder = load_component(f"{file}:Finder")
         assert isinstance(finder, type)
-        assert Component("f", finder).score(request()) == [1.0]
-        assert Component("f", finder, {"word": "dog"}).score(request()) == [0.0]
+        assert entries(Component("f", finder), request()) == [1.0]
+        assert entries(Component("f", finder, {"word": "dog"}), request()) == [0.0]
         monkeypatch.chdir(file.parent)
         assert load_component(f"{file.name}:Finder") is finder  # the same file, loaded once
         assert sys.path == before and sys.modules[finder.__module__].__file__ == str(file)
@@ -512,3 +384,57 @@ class TestLoadComponent:
         monkeypatch.syspath_prepend(tmp_path)
         with pytest.raises(UserError, match=r"importing a_broken_package.mod raised ModuleNotFoundError.*mod.py:2"):
             load_component("a_broken_package.mod:fn")
+
+
+class TestLife:
+    """setup, score and close of a class; `async` components beside each other."""
+
+    class Model:
+        def __init__(self, bias: float = 0.0) -> None:
+            self.bias, self.device, self.closed = bias, None, False
+            TestLife.made = self
+
+        def setup(self, device):
+            self.device = device
+
+        def score(self, batch: ScoreRequest):
+            return [self.bias + len(ids) for ids in batch.prompt_ids]
+
+        def close(self):
+            self.closed = True
+
+    def test_a_class_loads_scores_whole_batches_and_lets_go(self):
+        component = Component("model", self.Model, {"bias": 0.5})
+        component.setup("cpu")
+        [(rewards, _)] = score_component(component, request())
+        assert rewards.tolist() == [0, 0, 0, 2.5] and TestLife.made.device == "cpu" and not TestLife.made.closed
+        component.close()
+        assert TestLife.made.closed
+
+    def test_what_setup_raises_is_what_the_user_wrote(self):
+        class NoModel(self.Model):
+            def setup(self, device):
+                raise OSError("no weights")
+
+        with pytest.raises(UserError, match=r"rewards.m: .*NoModel.setup\('cpu'\) raised OSError: no weights"):
+            Component("m", NoModel).setup("cpu")
+
+    def test_async_components_wait_beside_each_other(self):
+        """Each waits until the other has begun: one after the other they would never end."""
+        begun = {"a": asyncio.Event(), "b": asyncio.Event()}
+
+        def waits(mine, other):
+            async def score(completions):
+                begun[mine].set()
+                await asyncio.wait_for(begun[other].wait(), 10)
+                return [1.0] * len(completions)
+
+            return Component(mine, score)
+
+        async def fails(completions):
+            raise ValueError("no answer")
+
+        answers = score_components([waits("a", "b"), Component("c", fails), waits("b", "a")], request())
+        assert list(answers) == ["a", "c", "b"]
+        assert answers["a"][0][0][-1] == answers["b"][0][0][-1] == 1.0
+        assert "sample u0: component 'c'" in str(answers["c"][0]) and "ValueError: no answer" in str(answers["c"][0])

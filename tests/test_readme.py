@@ -65,11 +65,12 @@ def test_the_reward_of_the_readme_scores_as_it_says():
     request = ScoreRequest(
         prompts=["p"],
         completions=["do NOT SHOUT ok"],
+        prompt_ids=[[1]],
         completion_ids=[[1]],
         offsets=[np.zeros((1, 2), dtype=np.int64)],
         finish_reasons=["stop"],
         uids=["u"],
         columns={"topic": ["x"]},
     )
-    (spans,) = Component("calm", scope["no_shouting"]).score(request)
+    (spans,) = Component("calm", scope["no_shouting"]).begin(request)
     assert [tuple(s) for s in spans] == [(7, 12, -1.0)]

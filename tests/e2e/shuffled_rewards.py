@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from reward_server.components import place
+from reward_server.placing import place
 
 _spec = importlib.util.spec_from_file_location(
     "cards_rewards", Path(__file__).parents[2] / "examples" / "cards" / "rewards.py"

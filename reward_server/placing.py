@@ -1,0 +1,144 @@
+"""One entry of a component's answer -> one raw reward per token. Nothing is lost on the way, or it is an error.
+
+Legend: T response tokens.
+"""
+
+import math
+import operator
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from core.faults import RewardFault
+
+
+class Span(NamedTuple):
+    """A score for the characters [start, end) of the completion, in code points; its tokens share it evenly."""
+
+    start: int
+    end: int
+    score: float
+
+
+Spans = Literal["spread", "last"]  # where the score of a span goes: evenly to its tokens, or to the last of them
+
+
+def place(
+    answer: Any, offsets: np.ndarray, *, component: str, uid: str, spans: Spans = "spread"
+) -> tuple[np.ndarray, np.ndarray]:
+    """One entry of a component's answer as raw rewards [T] float64 and mask [T] bool (False: does not apply).
+
+    `offsets` [T, 2] are the code points of each token, covering the text, starts in ascending order. A span goes to
+    the tokens it overlaps, where a character shared by several tokens counts for its last one; they share the score
+    evenly (or the last gets all), and where spans meet on a token their parts add up. `math.fsum` of what is placed is
+    that of the scores, exactly: the last token takes the remainder.
+
+    Raises RewardFault, naming component and sample, for anything else, and for an entry that is a RewardFault itself,
+    as a component that asks another server has for the samples that failed there.
+    """
+
+    def fault(reason: str) -> RewardFault:
+        return RewardFault(f"sample {uid}: component {component!r}: {reason}")
+
+    tokens = len(offsets)
+    if tokens == 0:
+        raise fault("the response has no tokens, so there is nothing to reward; aborted responses are not scored")
+    if isinstance(answer, RewardFault):
+        raise fault(str(answer))
+    rewards = np.zeros(tokens)
+    if answer is None:
+        return rewards, np.zeros(tokens, dtype=bool)
+    if isinstance(answer, list) and all(isinstance(entry, Span) for entry in answer):
+        if answer:
+            _place_spans(answer, np.asarray(offsets), rewards, fault, spans)
+        return rewards, np.ones(tokens, dtype=bool)
+    plain = answer.tolist() if hasattr(answer, "tolist") else answer  # arrays, tensors and their scalars
+    allowed = f"allowed: a finite float, a list of {tokens} finite floats, a list of Span(start, end, score), or None"
+    if not isinstance(plain, list):
+        rewards[-1] = _number(plain)
+        if not np.isfinite(rewards[-1]):
+            raise fault(f"got {shown(answer)}; {allowed}")
+    else:
+        if len(plain) != tokens:
+            raise fault(f"got a list of {len(plain)} entries for {tokens} tokens; {allowed}")
+        rewards[:] = [_number(entry) for entry in plain]
+        wrong = np.flatnonzero(~np.isfinite(rewards))
+        if len(wrong):
+            raise fault(f"got {shown(plain[wrong[0]])} for token {wrong[0]}; {allowed}")
+    return rewards, np.ones(tokens, dtype=bool)
+
+
+def _place_spans(
+    answer: list[Span], offsets: np.ndarray, rewards: np.ndarray, fault: Callable[[str], RewardFault], how: Spans
+) -> None:
+    """Adds the parts of each span to `rewards` [T]; `offsets` [T, 2]."""
+    starts, stops = offsets[:, 0], offsets[:, 1]
+    length = int(stops.max())
+    # A token owns its characters up to the start of the next token that has any: a shared one is its last token's.
+    nowhere = length + 1
+    from_here = np.minimum.accumulate(np.where(stops > starts, starts, nowhere)[::-1])[::-1]
+    owned_stops = np.minimum(stops, np.append(from_here[1:], nowhere))
+    scores, last = [], 0
+    for span in answer:
+        start, end, score = _index(span.start), _index(span.end), _number(span.score)
+        if start is None or end is None:
+            raise fault(f"{shown(span)}: start and end are whole numbers of characters")
+        if not math.isfinite(score):
+            raise fault(f"{shown(span)}: the score must be a finite float")
+        if not 0 <= start < end <= length:
+            raise fault(f"{shown(span)}: allowed is 0 <= start < end <= {length}, the characters of the completion")
+        reached = np.flatnonzero((starts < end) & (owned_stops > start) & (owned_stops > starts))
+        if len(reached) == 0:
+            raise fault(f"{shown(span)} meets no token")
+        reached = reached[-1:] if how == "last" else reached
+        part = score / len(reached)
+        parts = [part] * (len(reached) - 1)
+        parts.append(math.fsum([score, *(-part for part in parts)]))
+        with np.errstate(over="ignore"):
+            rewards[reached] += parts
+        scores.append(score)
+        last = max(last, int(reached[-1]))
+    if not np.isfinite(rewards).all():
+        raise fault("the scores of its spans add up to more than a float64 holds")
+    _conserve(rewards, last, scores, fault)
+
+
+def _conserve(rewards: np.ndarray, last: int, scores: list[float], fault: Callable[[str], RewardFault]) -> None:
+    """What adding parts where spans meet has rounded away goes to token `last`, the last one that got any."""
+    emitted = math.fsum(scores)
+    for _ in range(3):
+        missing = math.fsum([emitted, *(-x for x in rewards.tolist())])
+        if missing == 0 or math.fsum(rewards.tolist()) == emitted:
+            return
+        rewards[last] += missing
+    raise fault(
+        f"its spans hold {emitted!r}, their tokens {math.fsum(rewards.tolist())!r}: too far apart for a float64"
+    )
+
+
+def _number(value: Any) -> float:
+    """`value` as a float; NaN for anything that is no number, bool included, which the caller refuses."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return math.nan
+    try:
+        return float(value)
+    except OverflowError:  # an int that no float holds
+        return math.inf
+
+
+def _index(value: Any) -> int | None:
+    """`value` as an int, numpy's included; None for anything else, bool included."""
+    try:
+        return None if isinstance(value, (bool, np.bool_)) else operator.index(value)
+    except TypeError:
+        return None
+
+
+def shown(value: Any) -> str:
+    """A value in a message: short, one line, with its type where that is not obvious."""
+    text = " ".join(repr(value).split())
+    text = text if len(text) <= 80 else f"{text[:77]}..."
+    return text if isinstance(value, Span) or value is None else f"{text} ({type(value).__name__})"

@@ -1,0 +1,43 @@
+"""Scorer: all components of a configuration; the same object behind Ray, HTTP and `tokenppo check-reward`."""
+
+from collections.abc import Callable, Iterable
+
+from core.config import RewardConfig
+from core.faults import RewardFault
+from reward_server.components import Component, Placed, ScoreRequest, load_component, score_components
+
+
+class Scorer:
+    def __init__(self, rewards: dict[str, RewardConfig], functions: dict[str, Callable] | None = None) -> None:
+        """`functions`: callables of the user's script by component name; they win over `fn`.
+
+        Raises UserError for a component that is not there or does not take its options.
+        """
+        functions = functions or {}
+        self._components = {
+            name: Component(
+                name,
+                functions[name] if name in functions else load_component(spec.fn),
+                spec.options,
+                spans=spec.spans,
+            )
+            for name, spec in rewards.items()
+        }
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._components)
+
+    def setup(self, device: str) -> None:
+        """Have every component load what it needs. `device`: `cpu` or `cuda`. Raises UserError."""
+        for component in self._components.values():
+            component.setup(device)
+
+    def score(self, request: ScoreRequest, names: Iterable[str] | None = None) -> dict[str, list[Placed | RewardFault]]:
+        """Of each component, or of those in `names`: for each sample its raw rewards, or the fault it has instead."""
+        wanted = self.names if names is None else names
+        return score_components([self._components[name] for name in wanted], request)
+
+    def close(self) -> None:
+        for component in self._components.values():
+            component.close()
