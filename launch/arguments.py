@@ -4,8 +4,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from core.config import Config, leaf_keys, load, nearest_key, parse_override, read_yaml, type_name
+from core.config import load, nearest_key, parse_override, read_yaml, type_name
 from core.faults import UserError
+from core.schema import Config, leaf_keys
 
 ACCELERATE_FILES = Path(__file__).parent / "accelerate"
 

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from core.config import Config
 from core.faults import UserError
+from core.schema import Config
 from launch import early
 from launch.cluster import thread_plan
 from reward_server.client import RewardClient

@@ -12,8 +12,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from core.config import Config
 from core.faults import INTERRUPTED, TERMINATED, Fault, ProcessFault
+from core.schema import Config
 from launch import arguments, early, run_folder
 from launch.cluster import EXIT_CODE_FOLDER, adopt_orphans, cores, die_with_parent, prepare_environment, prepare_hub
 

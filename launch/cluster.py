@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from core.config import Config
 from core.faults import TERMINATED, ProcessFault, UserError
+from core.schema import Config
 
 EXIT_CODE_FOLDER = "TOKENPPO_EXIT_CODES"  # set by `tokenppo train`: accelerate launch turns every failure into a 1
 HUB, HUB_S = "https://huggingface.co", 3

@@ -18,8 +18,8 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, InitProcessGroupKwargs
 
-from core.config import Config
 from core.faults import ProcessFault, UserError
+from core.schema import Config
 from launch import cluster
 from trainer.ranks import Ranks
 

@@ -1,6 +1,6 @@
 """What a run would do, in words and numbers, without doing any of it: `tokenppo train --dry-run`."""
 
-from core.config import Config
+from core.schema import Config, RewardConfig
 from launch import cluster, early, room
 
 GIB = 2**30
@@ -30,7 +30,7 @@ def plan(cfg: Config, learners: int = 1) -> str:
     learner = n_parameters * 4 * 5
     width = 4 if cfg.model.dtype == "float32" else 2
     logits = micro * cfg.rollout.max_new_tokens * n_vocab * 4 * 3
-    rewards = ", ".join(f"{name} x {spec.weight:g}" for name, spec in cfg.rewards.items())
+    rewards = ", ".join(f"{name} x {_weight(spec)}" for name, spec in cfg.rewards.items())
     epochs = batch * cfg.run.steps / cfg.rollout.n_samples_per_prompt / len(prompts.rows)
     store = f"{cfg.resources.object_store_mb} MiB" if cfg.resources.ray_address is None else cfg.resources.ray_address
     lines = [
@@ -60,3 +60,10 @@ def plan(cfg: Config, learners: int = 1) -> str:
         + (f"; {', '.join(cfg.log.trackers)}" if cfg.log.trackers else ""),
     ]
     return "\n".join(lines)
+
+
+def _weight(spec: RewardConfig) -> str:
+    if isinstance(spec.weight, dict):
+        return " then ".join(f"{weight:g} at step {step}" for step, weight in sorted(spec.weight.items()))
+    held = f" or more, so that its mean is at least {spec.at_least:g}" if spec.at_least is not None else ""
+    return f"{spec.weight:g}{held}"

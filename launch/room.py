@@ -4,8 +4,8 @@ import shutil
 import sys
 from pathlib import Path
 
-from core.config import Config
 from core.faults import UserError
+from core.schema import Config
 
 SHARED = Path("/dev/shm")
 MIB, GIB = 2**20, 2**30

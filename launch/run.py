@@ -18,8 +18,8 @@ import numpy as np
 from accelerate import Accelerator
 from rich.console import Console
 
-from core.config import Config
 from core.faults import TERMINATED, StorageFault, UserError, exit_code_of
+from core.schema import Config
 from launch import build, cluster, early, learners, room, run_folder
 from launch.exchange import Exchange
 from launch.last_words import on_sigterm, undisturbed_end

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from core.config import Config, load, to_yaml
+from core.config import load, to_yaml
 from core.faults import StorageFault, UserError
+from core.schema import Config
 from trainer import checkpoint
 
 CHECKPOINTS = "checkpoints"

@@ -40,7 +40,7 @@ from urllib.parse import urlsplit
 import psutil
 from accelerate.tracking import TensorBoardTracker, WandBTracker
 
-from core.config import Config
+from core.schema import Config
 from launch import run_folder
 from trainer.run_log import AlreadySaid
 

@@ -13,8 +13,8 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
-from core.config import RewardConfig
 from core.faults import Fault, ProcessFault, RewardFault
+from core.schema import RewardConfig
 from core.trajectory import Trajectory
 from reward_server.server import RewardServer, ScoreFailure
 

@@ -2,8 +2,8 @@
 
 from collections.abc import Callable, Iterable
 
-from core.config import RewardConfig
 from core.faults import RewardFault
+from core.schema import RewardConfig
 from reward_server.components import Component, Placed, ScoreRequest, load_component, score_components
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from core.config import RewardConfig
+from core.schema import RewardConfig
 from core.trajectory import Trajectory
 from reward_server.components import NotPerCompletion, ScoreRequest
 from reward_server.scorer import Scorer

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from core.config import DataConfig
 from core.faults import UserError
+from core.schema import DataConfig
 from core.trajectory import PromptRequest, sample_uid
 
 EVAL_SEED = 2**32 + 1  # no run has it (run.seed < 2**32): evaluations never share random numbers with training

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from core.config import from_tree, leaf_keys, load, markdown, parse_override, to_yaml
+from core.config import from_tree, load, markdown, parse_override, to_yaml
 from core.faults import UserError
+from core.schema import leaf_keys
 from launch import arguments
 
 ROOT = Path(__file__).parents[1]

@@ -9,8 +9,9 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 import tiny_models
-from core.config import Config, load
+from core.config import load
 from core.faults import InvariantFault
+from core.schema import Config
 from core.weights import Probe, make_manifest, pack
 from rollout.engines.transformers_engine import TransformersEngine
 from rollout.weight_receiver import WeightReceiver

@@ -8,8 +8,8 @@ import pyarrow.parquet
 import pytest
 
 import tiny_models
-from core.config import DataConfig
 from core.faults import UserError
+from core.schema import DataConfig
 from rollout.prompts import PromptStream, load_rows
 
 ROWS = [{"prompt": f"the cat {i}", "n": i} for i in range(10)]

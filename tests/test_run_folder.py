@@ -5,8 +5,9 @@ import json
 import pytest
 
 import tokenppo
-from core.config import Config, load
+from core.config import load
 from core.faults import UserError
+from core.schema import Config
 from launch import run_folder
 
 

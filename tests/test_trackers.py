@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from core.config import Config
+from core.schema import Config
 from launch import trackers as module
 from launch.trackers import HIDDEN, Trackers, logged_in, shown
 from tests import wandb_file
@@ -23,7 +23,7 @@ JOB = """
 import json, os, signal, sys, time
 from pathlib import Path
 from accelerate import PartialState
-from core.config import Config
+from core.schema import Config
 from launch import run_folder
 from launch import trackers as module
 from launch.trackers import Trackers

@@ -1,7 +1,7 @@
 """What scored trajectories are worth: means by component, for evaluations and for the rows of training."""
 
-from core.config import RewardConfig
 from core.metrics import Sums
+from core.schema import RewardConfig
 from core.trajectory import Trajectory
 
 
@@ -9,16 +9,17 @@ def evaluation_sums(trajectories: list[Trajectory], components: dict[str, Reward
     """Sums over the responses of an evaluation, under names of core/metrics.py with `eval/` before them.
 
     A component of weight 0 is a metric of its own (`eval/slot_error`); the others are `eval/reward/<name>/raw`, and
-    `eval/reward/total` is their weighted sum as configured, without normalisers: one yardstick for the whole run.
+    `eval/reward/total` is their weighted sum without normalisers, by the weights that a schedule ends with and that a
+    multiplier begins with: one yardstick for the whole run.
     A component that does not apply to a response (None) does not count in its own mean.
     """
     sums, n = Sums(), len(trajectories)
     total = 0.0
     for name, spec in components.items():
         raw = [float(t.component_rewards[name].sum()) for t in trajectories]
-        total += spec.weight * sum(raw)
+        total += spec.last_weight * sum(raw)
         applied = sum(bool(t.component_mask[name].any()) for t in trajectories)
-        sums.add(f"eval/reward/{name}/raw" if spec.weight else f"eval/{name}", sum(raw), applied)
+        sums.add(f"eval/reward/{name}/raw" if spec.paid else f"eval/{name}", sum(raw), applied)
     sums.add("eval/reward/total", total, n)
     sums.add("eval/response/length_mean", sum(len(t) for t in trajectories), n)
     sums.add("eval/response/truncated_frac", sum(t.finish_reason == "length" for t in trajectories), n)

@@ -21,10 +21,10 @@ from accelerate.utils import DistributedType
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from core.config import Config
 from core.faults import InvariantFault, UserError
 from core.logprobs import logprobs_from_logits
 from core.metrics import Sums
+from core.schema import Config
 from core.weights import Probe, named_tensors
 from trainer import ppo
 from trainer.batch import TrainBatch

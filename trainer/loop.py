@@ -16,10 +16,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from core.combine import Combined, RunningMoments, combine
-from core.config import Config
+from core.combine import Combined, RunningMoments, attribution, combine, next_multipliers, weights_at
 from core.faults import InvariantFault
 from core.metrics import Sums
+from core.schema import Config
 from core.trajectory import PromptRequest, Trajectory
 from core.weights import Probe
 from trainer import ppo
@@ -70,14 +70,17 @@ class TrainState:
 
     kl: ppo.KLController
     running: dict[str, RunningMoments] = field(default_factory=dict)
+    multipliers: dict[str, float] = field(default_factory=dict)  # of components with `at_least`
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; floats come back from JSON bit for bit."""
-        return {"kl_coef": self.kl.coef, "running": {name: asdict(moments) for name, moments in self.running.items()}}
+        running = {name: asdict(moments) for name, moments in self.running.items()}
+        return {"kl_coef": self.kl.coef, "running": running, "multipliers": self.multipliers}
 
     def restore(self, saved: dict[str, Any]) -> None:
         self.kl.coef = saved["kl_coef"]
         self.running = {name: RunningMoments(**moments) for name, moments in saved["running"].items()}
+        self.multipliers = dict(saved["multipliers"])
 
     @classmethod
     def fresh(cls, cfg: Config) -> "TrainState":
@@ -123,12 +126,14 @@ def train(
         with log.time("annotate"):
             batch = TrainBatch.collate(trajectories, cfg.rewards)
             batch, policy_means = learner.annotate(batch)
+        weights = weights_at(step, cfg.rewards, state.multipliers)
         combined = combine(
             batch.component_rewards,
             batch.component_mask,
             batch.response_mask,
             cfg.rewards,
             state.running,
+            weights=weights,
             all_reduce=ranks.sum,
         )
         batch = credit(cfg, batch.fill(token_rewards=combined.token_rewards), state.kl.coef, ranks.sum)
@@ -140,8 +145,13 @@ def train(
 
         means = rollout_sums(batch, combined, trajectories, version=step - 1).merge(ranks.sum_list).means()
         means |= policy_means | update_means | {"objective/kl_coef": state.kl.coef}
+        means |= {f"reward/{name}/weight": weight for name, weight in weights.items()}
+        for what, values in attribution(combined, batch.response_lengths, all_reduce=ranks.sum).items():
+            means |= {f"reward/{name}/{what}": value for name, value in values.items()}
         samples, tokens = map(int, ranks.sum_list([len(batch), int(batch.response_mask.sum())]))
         state.kl.update(means["objective/kl"], samples)
+        raw = {name: means[f"reward/{name}/raw"] for name in cfg.rewards if f"reward/{name}/raw" in means}
+        state.multipliers = next_multipliers(raw, cfg.rewards, state.multipliers)
         if held_out is not None and (step % cfg.run.eval_every == 0 or step == cfg.run.steps):
             with log.time("evaluate"):
                 held_out_means = evaluate(cfg, held_out, rollouts, rewards, ranks, version=step)
@@ -217,6 +227,7 @@ def rollout_sums(batch: TrainBatch, combined: Combined, trajectories: list[Traje
         valid = mask & batch.component_mask[name]
         applied = float(valid.any(dim=1).sum())
         sums.add(f"reward/{name}/raw", float(torch.where(valid, batch.component_rewards[name], 0.0).sum()), applied)
+        sums.add(f"reward/{name}/normalized", float(combined.normalized[name].double().sum()), applied)
         sums.add(f"reward/{name}/weighted", float(weighted.double().sum()), n)
     sums.add("response/length_mean", float(batch.response_lengths.sum()), n)
     sums.add("response/truncated_frac", float(batch.cut.sum()), n)
