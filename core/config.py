@@ -17,6 +17,7 @@ import yaml
 from pydantic import ValidationError
 
 from core.faults import UserError
+from core.reward_name import RewardName
 from core.schema import Config, RewardConfig, leaf_keys
 
 
@@ -30,14 +31,16 @@ def _anchor(key: str, value: Any, folder: Path) -> Any:
     """Resolve a relative path against `folder`. A name that is no path here (a hub id, a module) stays as it is."""
     if not isinstance(value, str) or not value or not _is_path(key):
         return value
-    path, colon, attribute = value.rpartition(":") if key.endswith(".fn") else (value, "", "")
-    if key.endswith(".fn") and not path.endswith(".py"):
-        return value
-    candidate = Path(os.path.expanduser(path))
+    if key.endswith(".fn"):
+        try:
+            return str(RewardName.parse(value).anchored(folder))
+        except ValueError:  # said in full where it is loaded
+            return value
+    candidate = Path(os.path.expanduser(value))
     resolved = candidate if candidate.is_absolute() else folder / candidate
-    looks_like_path = key == "run.dir" or key.endswith(".fn") or path.startswith((".", "/", "~"))
-    if looks_like_path or resolved.exists() or Path(path).suffix in (".jsonl", ".json", ".parquet"):
-        return os.path.normpath(resolved.absolute()) + colon + attribute
+    looks_like_path = key == "run.dir" or value.startswith((".", "/", "~"))
+    if looks_like_path or resolved.exists() or Path(value).suffix in (".jsonl", ".json", ".parquet"):
+        return os.path.normpath(resolved.absolute())
     return value
 
 

@@ -76,7 +76,8 @@ class RolloutConfig(Section):
 
 class RewardConfig(Section):
     fn: str = Field(min_length=1)
-    """`file.py:function` or `package.module:function`; a class is instantiated with `options`. Required."""
+    """`file.py:function` or `package.module:function`; a class is instantiated with `options`. Behind `verl:` or
+    `openrlhf:` a function written for those; or the URL of a reward server. Required."""
     weight: float | dict[int, float] = 1.0
     """Factor in the sum of components, or a schedule {step: factor}, straight between its steps, e.g. {0: 1, 200: 0.1}.
     With 0 the component is only a metric, logged but never paid."""

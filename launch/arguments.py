@@ -6,6 +6,7 @@ from typing import Any
 
 from core.config import load, nearest_key, parse_override, read_yaml, type_name
 from core.faults import UserError
+from core.reward_name import RewardName
 from core.schema import Config, leaf_keys
 
 ACCELERATE_FILES = Path(__file__).parent / "accelerate"
@@ -40,7 +41,7 @@ def parse(argv: list[str]) -> TrainArguments:
             args.help = True
         elif flag == "--dry-run":
             args.dry_run = True
-        elif (name := flag.partition("=")[0]) in ("--config", "--accelerate", "--num-processes"):
+        elif (name := flag.partition("=")[0]) in ("--config", "--accelerate", "--num-processes", "--reward"):
             value = flag.partition("=")[2] or (rest.pop(0) if rest else "")
             if name == "--config":
                 if not value:
@@ -48,6 +49,8 @@ def parse(argv: list[str]) -> TrainArguments:
                 args.config = Path(value)
             elif name == "--accelerate":
                 args.accelerate = str(accelerate_file(value))
+            elif name == "--reward":
+                args.overrides |= reward_override(value, args.overrides)
             else:
                 if not value.isdigit() or int(value) < 1:
                     raise UserError(f"--num-processes {value}: wants the number of learner processes, at least 1")
@@ -62,10 +65,30 @@ def parse(argv: list[str]) -> TrainArguments:
                 value = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
             args.overrides[key] = parse_override(key, value)
         else:
-            raise UserError(f"{flag}: what is this? Options are --config FILE, --dry-run and --section.key VALUE")
+            raise UserError(
+                f"{flag}: what is this? Options are --config FILE, --reward FILE:FN=WEIGHT, --section.key VALUE"
+            )
     if args.num_processes is not None and args.accelerate is None:
         raise UserError(f"--num-processes {args.num_processes}: goes with --accelerate, e.g. --accelerate ddp")
     return args
+
+
+def reward_override(given: str, before: dict[str, Any]) -> dict[str, Any]:
+    """`my.py:polite=0.5` -> the keys of a component `polite` of weight 0.5; without a weight 1. Raises UserError."""
+    fn, equals, weight = given.rpartition("=")
+    fn, weight = (fn, weight) if equals else (given, "1")
+    try:
+        name = RewardName.parse(fn)
+    except ValueError as error:
+        raise UserError(f"--reward {given}: {error}, then =WEIGHT, e.g. --reward my_rewards.py:polite=0.5") from None
+    if name.is_url:
+        raise UserError(f"--reward {given}: which component of that server? Write --rewards.NAME.fn {fn}")
+    key = f"rewards.{name.attribute}"
+    if f"{key}.fn" in before:
+        raise UserError(
+            f"--reward {given}: there is a component {name.attribute} already; write --rewards.NAME.fn {fn}"
+        )
+    return {f"{key}.fn": fn, f"{key}.weight": parse_override(f"{key}.weight", weight)}
 
 
 def accelerate_file(given: str) -> Path:
@@ -87,12 +110,13 @@ def help_text() -> str:
         "",
         "  tokenppo train --config configs/cards.yaml --run.name first",
         "  tokenppo train --config configs/cards.yaml --optim.lr 3e-4 --rewards.quality.weight 2 --dry-run",
-        "  tokenppo train --model.path Qwen/Qwen2.5-0.5B --data.path prompts.jsonl --rewards.mine.fn my.py:fn",
+        "  tokenppo train --model.path Qwen/Qwen2.5-0.5B --data.path prompts.jsonl --reward my.py:polite=0.5",
         "  tokenppo train --accelerate zero2 --config configs/cards.yaml",
         "",
         "  --config FILE        YAML with the sections below; relative paths in it are relative to it",
         "  --accelerate FILE    several learner processes: ddp, zero2, or an accelerate file of yours",
         "  --num-processes N    how many, where that is not what the accelerate file says",
+        "  --reward FN=WEIGHT   a component named as its function, e.g. my.py:polite=0.5; may be given several times",
         "  --dry-run            print the plan (models, processes, batches, memory, files) and write nothing",
         "",
     ]

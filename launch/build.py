@@ -3,10 +3,10 @@
 import functools
 import hashlib
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from core.faults import UserError
+from core.reward_name import RewardName
 from core.schema import Config
 from launch import early
 from launch.cluster import thread_plan
@@ -97,8 +97,8 @@ def shares(cfg: Config, rank: int = 0, n_ranks: int = 1) -> Shares:
 
 def source_digest(fn: str) -> str | None:
     """Digest of the file of a reward `file.py:function`; None for one in an installed package, or handed over."""
-    file = Path(fn.rpartition(":")[0])
-    return hashlib.blake2b(file.read_bytes(), digest_size=16).hexdigest() if file.suffix == ".py" else None
+    file = RewardName.parse(fn).file
+    return hashlib.blake2b(file.read_bytes(), digest_size=16).hexdigest() if file is not None else None
 
 
 def rollouts(

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from core.faults import UserError
+from core.reward_name import RewardName
 from core.schema import Config
 from launch import cluster, room, run_folder
 
@@ -61,8 +62,11 @@ def refuse_missing(cfg: Config) -> None:
     if Path(cfg.model.path).is_absolute() and not Path(cfg.model.path).is_dir():
         raise UserError(f"model.path = {cfg.model.path}: there is no such folder; give one, or a hub id (owner/name)")
     for name, spec in cfg.rewards.items():
-        file = spec.fn.rpartition(":")[0]
-        if file.endswith(".py") and not Path(file).is_file():
+        try:
+            file = RewardName.parse(spec.fn).file
+        except ValueError as error:
+            raise UserError(f"rewards.{name}.fn = {spec.fn}: {error}") from None
+        if file is not None and not file.is_file():
             raise UserError(f"rewards.{name}.fn = {spec.fn}: there is no file {file}")
 
 

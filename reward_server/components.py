@@ -35,7 +35,9 @@ from typing import Any
 import numpy as np
 
 from core.faults import Fault, RewardFault, UserError
+from core.reward_name import RewardName
 from core.trajectory import FinishReason, Trajectory
+from reward_server.adapters import adapted
 from reward_server.placing import Span, Spans, place, shown
 
 Placed = tuple[np.ndarray, np.ndarray]  # [T] float64 rewards, [T] bool mask
@@ -177,12 +179,11 @@ class Component:
 
     def begin(self, batch: ScoreRequest) -> Any:
         """Call it: its answer, or the awaitable of an `async` one. Raises RewardFault where it raises."""
+        arguments = {} if self._takes_batch else self._arguments(batch)
         try:
-            if self._takes_batch:
-                return self._fn.score(batch)
-            return self._fn(**self._arguments(batch))
-        except RewardFault:
-            raise
+            return self._fn.score(batch) if self._takes_batch else self._fn(**arguments)
+        except RewardFault as fault:
+            raise self._fault(str(fault)) from None
         except Exception as error:  # not SystemExit: that is how a worker is told to end
             raise self.raised(error) from None
 
@@ -275,18 +276,19 @@ def load_component(spec: str) -> Callable:
     imports its neighbour must be part of an installed package. Raises UserError, in one line, where there is no such
     file, module or name, where importing it raises, and where the name is nothing that can be called.
     """
-    target, colon, attribute = spec.rpartition(":")
-    if not (colon and target and attribute):
-        raise UserError(f"component `{spec}`: write `pkg.mod:fn` or `path/file.py:fn`")
-    in_file = target.endswith(".py") or "/" in target
-    module = _module_of_file(spec, Path(target)) if in_file else _module_by_name(spec, target)
+    try:
+        name = RewardName.parse(spec)
+    except ValueError as error:
+        raise UserError(f"component `{spec}`: {error}") from None
+    target, attribute = name.target, name.attribute
+    module = _module_of_file(spec, name.file) if name.file is not None else _module_by_name(spec, target)
     if not hasattr(module, attribute):
         names = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
         raise UserError(f"component `{spec}`: {target} has no `{attribute}`{_nearest(attribute, names)}")
     fn = getattr(module, attribute)
     if not callable(fn):
         raise UserError(f"component `{spec}`: `{attribute}` is a {type(fn).__name__}, not a function or class")
-    return fn
+    return adapted(name.adapter, fn) if name.adapter else fn
 
 
 def _module_of_file(spec: str, path: Path) -> ModuleType:
