@@ -206,6 +206,13 @@ class ResourcesConfig(Section):
     """An existing Ray cluster to join; null starts one on this machine and ends it with the run."""
     reward_timeout_s: float = Field(300, gt=0)
     """Deadline for the scores of one chunk."""
+    reward_servers: int = Field(1, ge=1, le=256)
+    """Reward servers (Ray actors) of each learner process; chunks go to them in turn."""
+    reward_gpus: float = Field(0.0, ge=0)
+    """Share of a GPU that each reward server gets, for components that are models; 0 is the CPU."""
+    reward_batch_size: int | None = Field(None, ge=1)
+    """Most responses that a reward server scores together: waiting chunks of all workers are joined. null: each chunk
+    by itself, so that a model gives the same bits whatever else is waiting."""
     collective_timeout_s: float = Field(1800, gt=0)
     """How long a learner process waits for the others wherever they meet."""
 

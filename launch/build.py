@@ -145,7 +145,7 @@ def _group(cfg: Config, tokenizer: Any, device: str, note: Callable[[str], None]
 
 
 def reward_client(cfg: Config, functions: dict[str, Callable] | None, note: Callable[[str], None]) -> RewardClient:
-    """Start the reward server."""
+    """Start the reward servers of this rank."""
     return RewardClient(
         cfg.rewards,
         functools.partial(load_tokenizer, cfg.model.path),
@@ -153,4 +153,7 @@ def reward_client(cfg: Config, functions: dict[str, Callable] | None, note: Call
         timeout_s=cfg.resources.reward_timeout_s,
         max_dropped_frac=cfg.run.max_dropped_frac,
         note=note,
+        servers=cfg.resources.reward_servers,
+        gpus=cfg.resources.reward_gpus,
+        batch_size=cfg.resources.reward_batch_size,
     )

@@ -35,6 +35,8 @@ def device(cfg: Config) -> str:
 
     if cfg.resources.device == "cuda" and not torch.cuda.is_available():
         raise UserError("resources.device = cuda: torch sees no CUDA device; use cpu or auto")
+    if cfg.resources.reward_gpus and cfg.resources.ray_address is None and not torch.cuda.is_available():
+        raise UserError(f"resources.reward_gpus = {cfg.resources.reward_gpus:g}: torch sees no CUDA device; give 0")
     return "cuda" if cfg.resources.device != "cpu" and torch.cuda.is_available() else "cpu"
 
 

@@ -30,6 +30,7 @@ def plan(cfg: Config, learners: int = 1) -> str:
     learner = n_parameters * 4 * 5
     width = 4 if cfg.model.dtype == "float32" else 2
     logits = micro * cfg.rollout.max_new_tokens * n_vocab * 4 * 3
+    servers = learners * cfg.resources.reward_servers
     rewards = ", ".join(f"{name} x {_weight(spec)}" for name, spec in cfg.rewards.items())
     epochs = batch * cfg.run.steps / cfg.rollout.n_samples_per_prompt / len(prompts.rows)
     store = f"{cfg.resources.object_store_mb} MiB" if cfg.resources.ray_address is None else cfg.resources.ray_address
@@ -44,7 +45,7 @@ def plan(cfg: Config, learners: int = 1) -> str:
         "           loaded and compared with the columns, not called: a wrong answer ends the run with exit 4",
         f"processes  {learners} learner{'s' * (learners > 1)} ({learner_threads} threads),"
         f" {cfg.rollout.workers} rollout workers ({worker_threads} threads each),"
-        f" {learners} reward server{'s' * (learners > 1)}",
+        f" {servers} reward server{'s' * (servers > 1)}",
         f"one step   {cfg.prompts_per_step} prompts x {cfg.rollout.n_samples_per_prompt} samples = {batch} responses"
         f" in {-(-batch // cfg.rollout.chunk_size)} chunks of {cfg.rollout.chunk_size}, up to"
         f" {cfg.rollout.max_new_tokens} tokens each",

@@ -185,9 +185,10 @@ def _train(
         models = [load_causal_lm(cfg.model.path, job.accelerator.device) for _ in range(2)]
     learner = Learner(cfg, job.accelerator, *models, ranks)
     with ranks.together():
-        reward_server_pid = rewards.wait_ready()
+        servers = rewards.wait_ready()
         rollouts.wait_ready()
-    _write_processes(job, {f"reward-server{_of(ranks.index)}": reward_server_pid} | rollouts.pids)
+    of_servers = {f"reward-server{_of(ranks.index)}{f'.{i}' if i else ''}": pid for i, pid in enumerate(servers)}
+    _write_processes(job, of_servers | rollouts.pids)
     if job.inline.make_transport is not None:
         transport = job.inline.make_transport(rollouts, cfg.sync.timeout_s)
     else:
@@ -380,5 +381,6 @@ def _parts_in_words(cfg: Config, ranks: Ranks) -> str:
         return f"{n} {what}{'s' * (n > 1)}"
 
     learner = "the learner" if ranks.size == 1 else f"{ranks.size} learner processes"
-    server = "a reward server" if ranks.size == 1 else f"{ranks.size} reward servers"
+    servers = ranks.size * cfg.resources.reward_servers
+    server = "a reward server" if servers == 1 else f"{servers} reward servers"
     return f"{count(cfg.rollout.workers, 'rollout worker')}, {server} and {learner}"

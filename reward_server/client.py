@@ -1,4 +1,4 @@
-"""RewardClient: passes references of finished chunks on to the reward server and fetches only what is scored.
+"""RewardClient: passes references of finished chunks on to the reward servers and fetches only what is scored.
 
 `submit` waits for nothing of its own (it consumes an iterator of the rollout group, which does); `collect` waits for
 scores, with a deadline per chunk. A server that died is started again and given the same references.
@@ -19,6 +19,8 @@ from core.trajectory import Trajectory
 from reward_server.server import RewardServer, ScoreFailure
 
 MAX_SERVER_LOSSES = 3
+MAX_WAITING_CHUNKS = 64  # calls that a server which joins chunks holds at a time
+CLOSE_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -40,21 +42,32 @@ class RewardClient:
         timeout_s: float,
         max_dropped_frac: float,
         note: Callable[[str], None],
+        servers: int = 1,
+        gpus: float = 0.0,
+        batch_size: int | None = None,
     ) -> None:
-        self._args, self._functions = (components, load_tokenizer), functions
+        """`servers` replicas with `gpus` of a GPU each, which join chunks to `batch_size` responses, or none."""
+        self._args = (components, load_tokenizer)
+        self._kwargs = {"functions": functions, "device": "cuda" if gpus else "cpu", "batch_size": batch_size}
+        # Actors take no CPU of Ray's count: on a small host the last one would wait for ever.
+        self._actor = {"num_cpus": 0, "num_gpus": gpus, "max_restarts": 0}
+        if batch_size is not None:
+            self._actor["max_concurrency"] = MAX_WAITING_CHUNKS
         self._timeout_s, self._max_dropped_frac, self._note = timeout_s, max_dropped_frac, note
         self.counters: Counter[str] = Counter()
-        self._server = self._spawn()
+        self._servers = [self._spawn() for _ in range(servers)]
+        self._sent = 0
 
     def _spawn(self) -> Any:
-        # Actors take no CPU of Ray's count: on a small host the last one would wait for ever.
-        remote = ray.remote(RewardServer).options(num_cpus=0, max_restarts=0)
-        return remote.remote(*self._args, functions=self._functions)
+        return ray.remote(RewardServer).options(**self._actor).remote(*self._args, **self._kwargs)
 
-    def wait_ready(self) -> int:
-        """Until tokenizer and components are loaded; returns the server's process id. Raises what they raised."""
+    def wait_ready(self) -> list[int]:
+        """Until tokenizer and components are loaded; the process ids of the servers. Raises what they raised."""
+        return [self._greet(server) for server in self._servers]
+
+    def _greet(self, server: Any) -> int:
         try:
-            return ray.get(self._server.hello.remote(), timeout=self._timeout_s)
+            return ray.get(server.hello.remote(), timeout=self._timeout_s)
         except RayTaskError as error:
             raise self._cause(error) from None
         except RayActorError as error:
@@ -69,7 +82,9 @@ class RewardClient:
         return [self._send(chunk) for chunk in chunks]
 
     def _send(self, chunk: Any) -> PendingScores:
-        return PendingScores(chunk, self._server, self._server.score.remote(chunk))
+        server = self._servers[self._sent % len(self._servers)]
+        self._sent += 1
+        return PendingScores(chunk, server, server.score.remote(chunk))
 
     def collect(self, pending: list[PendingScores]) -> list[Trajectory]:
         """The scored trajectories, sorted by (ordinal, k), each once.
@@ -92,7 +107,11 @@ class RewardClient:
         return sorted(scored.values(), key=lambda t: t.order)
 
     def close(self) -> None:
-        ray.kill(self._server)
+        """Have the components let go of what they hold, then end the servers."""
+        # One that hangs or died cannot; it is ended all the same.
+        ray.wait([server.close.remote() for server in self._servers], num_returns=len(self._servers), timeout=CLOSE_S)
+        for server in self._servers:
+            ray.kill(server)
 
     def _fetch(self, scores: PendingScores, scored: dict[str, Trajectory]) -> list[ScoreFailure]:
         deadline = time.monotonic() + self._timeout_s
@@ -103,8 +122,8 @@ class RewardClient:
             except RayTaskError as error:
                 raise self._cause(error) from None
             except (RayActorError, GetTimeoutError) as error:
-                if scores.server is self._server:  # else it was replaced already, for another chunk
-                    self._replace(error)
+                if scores.server in self._servers:  # else it was replaced already, for another chunk
+                    self._replace(scores.server, error)
                 scores = self._send(scores.chunk)
                 deadline = time.monotonic() + self._timeout_s
         for trajectory in trajectories:
@@ -115,7 +134,7 @@ class RewardClient:
                 scored[uid] = trajectory
         return failures
 
-    def _replace(self, error: Exception) -> None:
+    def _replace(self, server: Any, error: Exception) -> None:
         hung = isinstance(error, GetTimeoutError)
         self.counters["worker_lost"] += 1
         if self.counters["worker_lost"] > MAX_SERVER_LOSSES:
@@ -128,9 +147,10 @@ class RewardClient:
                 )
             )
         self._note(f"the reward server {'missed its deadline' if hung else 'died'}; a new one starts and scores again")
-        ray.kill(self._server)
-        self._server = self._spawn()
-        self.wait_ready()
+        ray.kill(server)
+        fresh = self._spawn()
+        self._servers[self._servers.index(server)] = fresh
+        self._greet(fresh)
 
     def _drop(self, failures: list[ScoreFailure], n_samples: int) -> None:
         if not failures:

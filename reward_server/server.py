@@ -1,10 +1,13 @@
 """RewardServer: the Ray actor that turns responses into raw component rewards, one number per token.
 
-It waits for calls only, and works on one chunk at a time; the client's thread feeds it while workers still write.
+It waits for calls only; the client's thread feeds it while workers still write. It works on one batch at a time: a
+chunk, or with `batch_size` all the chunks that wait, up to so many responses.
 """
 
 import os
+import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +30,17 @@ class ScoreFailure:
     try_alone: bool  # the call failed, maybe because of another sample; not so with components.NotPerCompletion
 
 
+Scores = tuple[list[Trajectory], list[ScoreFailure]]
+
+
+@dataclass
+class _Ticket:
+    """A call that waits to be scored together with others."""
+
+    trajectories: list[Trajectory]
+    scores: Scores | BaseException | None = None
+
+
 class RewardServer:
     def __init__(
         self,
@@ -35,9 +49,12 @@ class RewardServer:
         *,
         functions: dict[str, Callable] | None = None,
         device: str = "cpu",
+        batch_size: int | None = None,
     ) -> None:
         """`functions`: callables of the user's script by component name; they win over `fn`."""
         torch.set_num_threads(1)
+        self._batch_size = batch_size
+        self._lane, self._queue = threading.Lock(), deque()
         self._tokenizer = load_tokenizer()
         self._scorer = Scorer(components, functions)
         self._scorer.setup(device)
@@ -50,8 +67,42 @@ class RewardServer:
         """Have the components let go of what they hold."""
         self._scorer.close()
 
-    def score(self, trajectories: list[Trajectory]) -> tuple[list[Trajectory], list[ScoreFailure]]:
+    def score(self, trajectories: list[Trajectory]) -> Scores:
         """Raw rewards of every component for each response; samples that a component failed on come back apart."""
+        if self._batch_size is None:
+            return self._score(trajectories)
+        mine = _Ticket(trajectories)
+        self._queue.append(mine)
+        while mine.scores is None:
+            with self._lane:  # whoever has it scores for all that wait, in the order in which they came
+                if mine.scores is None:
+                    self._score_waiting(self._batch_size)
+        if isinstance(mine.scores, BaseException):
+            raise mine.scores
+        return mine.scores
+
+    def _score_waiting(self, most: int) -> None:
+        """Score the first ticket, and with it as many as fit into `most` responses."""
+        tickets = [self._queue.popleft()]
+        room = most - len(tickets[0].trajectories)
+        while self._queue and len(self._queue[0].trajectories) <= room:
+            tickets.append(self._queue.popleft())
+            room -= len(tickets[-1].trajectories)
+        torch.set_num_threads(1)  # a setting of each thread
+        try:
+            scored, failures = self._score([t for ticket in tickets for t in ticket.trajectories])
+        except BaseException as error:  # of the server itself: every call that waited for it raises it
+            for ticket in tickets:
+                ticket.scores = error
+            return
+        for ticket in tickets:
+            uids = {t.request.sample_uid for t in ticket.trajectories}
+            ticket.scores = (
+                [t for t in scored if t.request.sample_uid in uids],
+                [f for f in failures if f.trajectory.request.sample_uid in uids],
+            )
+
+    def _score(self, trajectories: list[Trajectory]) -> Scores:
         texts = [
             self._tokenizer.decode(
                 t.response_ids.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False

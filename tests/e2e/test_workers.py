@@ -73,6 +73,22 @@ def test_the_same_bits_from_any_number_of_workers(cfg, by_one, n_workers):
         assert a.request.sample_uid == b.request.sample_uid
 
 
+def test_replicas_that_join_chunks_score_the_same(cfg, by_one):
+    resources = cfg.resources.model_copy(update={"reward_servers": 2, "reward_batch_size": 16})
+    cfg = cfg.model_copy(update={"resources": resources})
+    tokenizer = build.load_tokenizer(cfg.model.path)
+    prompts, _ = build.prompt_streams(cfg, tokenizer)
+    group, rewards = build.rollouts(cfg, tokenizer, "cpu", print), build.reward_client(cfg, None, print)
+    try:
+        assert len(set(rewards.wait_ready())) == 2
+        got = rewards.collect(rewards.submit(group.generate(prompts.take(24, 2))))
+    finally:
+        group.close()
+        rewards.close()
+    for a, b in zip(by_one, got, strict=True):
+        assert a.component_rewards["length"].tobytes() == b.component_rewards["length"].tobytes()
+
+
 def test_one_sample_that_makes_a_component_raise_costs_that_sample_alone(cfg, tmp_path):
     """The call fails for its whole chunk; tried again alone, the innocent are scored."""
     (tmp_path / "r.py").write_text("def inverse(n, **_):\n    return [1 / (x - 5) for x in n]\n")
