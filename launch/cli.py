@@ -35,6 +35,14 @@ def main(argv: list[str]) -> int:
     evaluate.add_argument("--weights", choices=("final", "best", "base"), default="final", help="default final")
     evaluate.add_argument("--data", help="other prompts than data.eval_path of the run")
     evaluate.set_defaults(do=_evaluate)
+    checks = verbs.add_parser("check-reward", help="try a reward function on samples: is it sound, what does it pay")
+    checks.add_argument("fn", metavar="FILE:FN", help="my_rewards.py:polite, package.module:fn, verl:FILE:FN, ...")
+    checks.add_argument("--data", metavar="F", help="rows with prompt and completion; else built-in samples")
+    checks.add_argument("--options", metavar="YAML", help="options of the function, e.g. '{scale: 0.1}'")
+    checks.add_argument("--model", metavar="PATH", help="cut into the tokens of this model, else into words")
+    checks.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="for components that are models")
+    checks.add_argument("--json", action="store_true", help="the report as one JSON object")
+    checks.set_defaults(do=_check_reward)
     health = verbs.add_parser("health", help="exit 0 if this installation and the runs at work are well, 3 if not")
     health.add_argument("dir", metavar="DIR", nargs="?", default="runs", help="folder of all runs, default runs")
     health.add_argument("--stale-s", type=float, default=3600, help="seconds a run may write nothing, default 3600")
@@ -59,6 +67,12 @@ def _evaluate(args: argparse.Namespace) -> int:
     width = max(map(len, means))
     print("\n".join(f"{name:<{width}}  {value:.4g}" for name, value in means.items()))
     return 0
+
+
+def _check_reward(args: argparse.Namespace) -> int:
+    from launch.check_reward import main
+
+    return main(args)
 
 
 def _health(args: argparse.Namespace) -> int:

@@ -10,8 +10,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 from core.faults import RewardFault
-
-Text = str | list[dict[str, Any]]
+from reward_server.texts import Messages, text_of
 
 
 def adapted(adapter: str, fn: Callable) -> type:
@@ -33,7 +32,7 @@ class VerlFunction:
 
     def __call__(
         self,
-        completions: list[Text],
+        completions: list[str | Messages],
         data_source: list[Any] | None = None,
         reward_model: list[Any] | None = None,
         ground_truth: list[Any] | None = None,
@@ -65,7 +64,7 @@ class OpenRLHFFunction:
     def __init__(self, label_column: str = "label", **options: Any) -> None:
         self._label_column, self._options = label_column, options
 
-    def __call__(self, prompts: list[Text], completions: list[Text], **columns: Any) -> list[float]:
+    def __call__(self, prompts: list[str | Messages], completions: list[str | Messages], **columns: Any) -> list[float]:
         given = [text_of(prompt) for prompt in prompts]
         queries = [prompt + text_of(completion) for prompt, completion in zip(given, completions, strict=True)]
         labels = columns.get(self._label_column) or [None] * len(given)
@@ -82,11 +81,6 @@ def rewards_of(answer: Any) -> Any:
     if isinstance(rewards, list):
         return [entry[0] if isinstance(entry, list) and len(entry) == 1 else entry for entry in rewards]
     return rewards
-
-
-def text_of(text: Text) -> str:
-    """A prompt or completion as one text; of messages their contents, a line each."""
-    return text if isinstance(text, str) else "\n".join(str(message["content"]) for message in text)
 
 
 async def _scores(answers: list[Any]) -> list[Any]:

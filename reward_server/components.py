@@ -39,10 +39,10 @@ from core.reward_name import RewardName
 from core.trajectory import FinishReason, Trajectory
 from reward_server.adapters import adapted
 from reward_server.placing import Span, Spans, place, shown
+from reward_server.texts import Messages
 
 Placed = tuple[np.ndarray, np.ndarray]  # [T] float64 rewards, [T] bool mask
 PASSED = ("prompts", "completions", "completion_ids", "offsets", "finish_reasons")  # to every component that wants them
-Messages = list[dict[str, Any]]
 
 
 @dataclass(frozen=True, kw_only=True)

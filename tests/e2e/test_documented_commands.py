@@ -50,6 +50,7 @@ RUN: dict[str, str | Callable[[str], str]] = {
     r"(python benchmarks/dense_vs_terminal\.py)(?: --quick)?": r"\1 --quick --updates 1 --batch 32 --arms dense",
     r"(python benchmarks/mistakes\.py)": r"\1 --rows 2",
     r"(python examples/cards/make\.py --no-train .*)": r"\1",
+    r"(tokenppo check-reward .*)": r"\1",
     r"(python -m core\.metrics)": r"\1",
     r"(python -m core\.\w+) > (docs/\w+\.md)": r"\1 | diff - \2",
 }
