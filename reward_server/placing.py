@@ -21,6 +21,7 @@ class Span(NamedTuple):
     score: float
 
 
+LARGEST = 1e9  # of a raw reward; what is larger is a mistake, and a float32 would no longer hold its sums
 Spans = Literal["spread", "last"]  # where the score of a span goes: evenly to its tokens, or to the last of them
 
 
@@ -53,17 +54,22 @@ def place(
         if answer:
             _place_spans(answer, np.asarray(offsets), rewards, fault, spans)
         return rewards, np.ones(tokens, dtype=bool)
-    plain = answer.tolist() if hasattr(answer, "tolist") else answer  # arrays, tensors and their scalars
-    allowed = f"allowed: a finite float, a list of {tokens} finite floats, a list of Span(start, end, score), or None"
-    if not isinstance(plain, list):
+    allowed = (
+        f"allowed: a finite float (at most {LARGEST:g}), a list of {tokens} finite floats, a list of"
+        " Span(start, end, score), or None"
+    )
+    # Arrays, tensors and their scalars; rows of numbers are checked as they are, without a Python object for each.
+    is_row = isinstance(answer, np.ndarray) and answer.dtype.kind == "f" and answer.ndim == 1
+    plain = answer if is_row or not hasattr(answer, "tolist") else answer.tolist()
+    if not is_row and not isinstance(plain, list):
         rewards[-1] = _number(plain)
-        if not np.isfinite(rewards[-1]):
+        if not abs(rewards[-1]) <= LARGEST:
             raise fault(f"got {shown(answer)}; {allowed}")
     else:
         if len(plain) != tokens:
             raise fault(f"got a list of {len(plain)} entries for {tokens} tokens; {allowed}")
-        rewards[:] = [_number(entry) for entry in plain]
-        wrong = np.flatnonzero(~np.isfinite(rewards))
+        rewards[:] = plain if is_row else [_number(entry) for entry in plain]
+        wrong = np.flatnonzero(~(np.abs(rewards) <= LARGEST))
         if len(wrong):
             raise fault(f"got {shown(plain[wrong[0]])} for token {wrong[0]}; {allowed}")
     return rewards, np.ones(tokens, dtype=bool)
@@ -84,8 +90,8 @@ def _place_spans(
         start, end, score = _index(span.start), _index(span.end), _number(span.score)
         if start is None or end is None:
             raise fault(f"{shown(span)}: start and end are whole numbers of characters")
-        if not math.isfinite(score):
-            raise fault(f"{shown(span)}: the score must be a finite float")
+        if not abs(score) <= LARGEST:
+            raise fault(f"{shown(span)}: the score must be a finite float, at most {LARGEST:g}")
         if not 0 <= start < end <= length:
             raise fault(f"{shown(span)}: allowed is 0 <= start < end <= {length}, the characters of the completion")
         reached = np.flatnonzero((starts < end) & (owned_stops > start) & (owned_stops > starts))
@@ -95,12 +101,11 @@ def _place_spans(
         part = score / len(reached)
         parts = [part] * (len(reached) - 1)
         parts.append(math.fsum([score, *(-part for part in parts)]))
-        with np.errstate(over="ignore"):
-            rewards[reached] += parts
+        rewards[reached] += parts
         scores.append(score)
         last = max(last, int(reached[-1]))
-    if not np.isfinite(rewards).all():
-        raise fault("the scores of its spans add up to more than a float64 holds")
+    if not (np.abs(rewards) <= LARGEST).all():
+        raise fault(f"the scores of its spans add up to more than {LARGEST:g} on one token")
     _conserve(rewards, last, scores, fault)
 
 

@@ -67,7 +67,7 @@ class TestPlace:
 
     @settings(max_examples=500, deadline=None)
     @given(
-        score=st.floats(allow_nan=False, allow_infinity=False),
+        score=st.floats(-1e9, 1e9),
         tokens=st.integers(1, 60),
         bounds=st.tuples(st.integers(0, 59), st.integers(1, 60)),
     )
@@ -129,7 +129,11 @@ class TestPlace:
             ([Span(False, True, 1.0)], "whole numbers"),
             ([Span(0, 3, math.nan)], "must be a finite float"),
             ([Span(0, 3, "1")], "must be a finite float"),
-            ([Span(0, 1, 1.7e308), Span(0, 1, 1.7e308)], "more than a float64 holds"),
+            ([Span(0, 1, 9e8), Span(0, 1, 9e8)], "more than 1e+09 on one token"),
+            (1e30, "1e+30 (float)"),
+            (np.array([0.0, 0.0, -1e30, 0.0]), "(float64) for token 2"),
+            (np.array([0.0, math.nan]), "a list of 2 entries for 4 tokens"),
+            ([Span(0, 3, 1e30)], "at most 1e+09"),
         ],
     )
     def test_anything_else_is_refused_by_name(self, answer, says):

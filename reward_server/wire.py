@@ -1,0 +1,550 @@
+"""A ScoreRequest and its answer as bytes: Arrow IPC for speed, JSON for people; both pass the same checks.
+
+Whatever does not fit is a WireError (of a request) or a RewardFault (of an answer) that names the field, and component
+and sample where there are any. Nothing is guessed, repaired or filled in.
+
+Request as JSON; `components` may be left out (all), everything else is wanted:
+
+    {"components": ["quality"],
+     "samples": [{"uid": "5b2f", "prompt": "2+2=", "prompt_ids": [17, 10], "completion": "4.",
+                  "completion_ids": [19, 13, 0], "offsets": [[0, 1], [1, 2], [2, 2]], "finish_reason": "stop",
+                  "columns": {"answer": "4"}}]}
+
+Answer:
+
+    {"version": "0.1.0",
+     "samples": [{"uid": "5b2f", "count": 3, "ids_hash": "9a...", "rewards": {"quality": {"tokens": [1.0, 0.0, 0.0]}}}]}
+
+where a component that does not apply has {"applies": false}, one that failed on the sample {"fault": "why"}. As Arrow
+both are one record batch of one row per sample, with a column for each field; prompt, completion and columns are JSON
+text in it. Legend: B samples, T response tokens.
+"""
+
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import numpy as np
+import pyarrow as pa
+
+from core.faults import RewardFault
+from reward_server.components import PASSED, Placed, ScoreRequest
+from reward_server.placing import LARGEST
+from reward_server.texts import text_of
+
+ARROW = "application/vnd.apache.arrow.stream"
+JSON = "application/json"
+FINISH_REASONS = ("stop", "length", "abort")
+MAX_ID = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a server takes in one request; more is refused before it is scored."""
+
+    body_bytes: int = 16 * 2**20
+    samples: int = 4096
+    tokens: int = 1_000_000  # of prompts and completions together
+    depth: int = 32  # of JSON
+    body_s: float = 10.0  # until the whole body is there
+    score_s: float = 120.0  # until it is scored, waiting included
+    waiting: int = 64  # requests
+
+
+class WireError(ValueError):
+    """A request that cannot be scored as it is; `status` is the HTTP status that says so."""
+
+    def __init__(self, reason: str, status: int = 422) -> None:
+        super().__init__(reason)
+        self.status = status
+
+
+def ids_hash(ids: Any) -> str:
+    """16 hex digits of the ids as little-endian int64: which tokens an answer is about."""
+    return hashlib.blake2b(np.ascontiguousarray(ids, dtype="<i8").tobytes(), digest_size=8).hexdigest()
+
+
+# ------------------------------------------------------------------------------------------------------------ requests
+
+
+def encode_request(request: ScoreRequest, components: list[str], content_type: str) -> bytes:
+    if content_type == JSON:
+        samples = [
+            {
+                "uid": request.uids[i],
+                "prompt": request.prompts[i],
+                "prompt_ids": request.prompt_ids[i],
+                "completion": request.completions[i],
+                "completion_ids": request.completion_ids[i],
+                "offsets": request.offsets[i].tolist(),
+                "finish_reason": request.finish_reasons[i],
+                "columns": {name: values[i] for name, values in request.columns.items()},
+            }
+            for i in range(len(request))
+        ]
+        return json.dumps({"components": components, "samples": samples}).encode()
+    offsets = np.concatenate(request.offsets) if len(request) else np.zeros((0, 2), dtype=np.int64)
+    rows = range(len(request))
+    columns = [json.dumps({name: values[i] for name, values in request.columns.items()}) for i in rows]
+    arrays = {
+        "uid": pa.array(request.uids, pa.string()),
+        "prompt": pa.array([json.dumps(prompt) for prompt in request.prompts], pa.large_string()),
+        "prompt_ids": _lists(request.prompt_ids),
+        "completion": pa.array([json.dumps(completion) for completion in request.completions], pa.large_string()),
+        "completion_ids": _lists(request.completion_ids),
+        "starts": _lists([x[:, 0] for x in request.offsets], offsets[:, 0]),
+        "stops": _lists([x[:, 1] for x in request.offsets], offsets[:, 1]),
+        "finish_reason": pa.array(request.finish_reasons, pa.string()),
+        "columns": pa.array(columns, pa.large_string()),
+    }
+    return _stream(arrays, {"components": json.dumps(components)})
+
+
+_REQUEST = {
+    "uid": pa.string(),
+    "prompt": pa.large_string(),
+    "prompt_ids": pa.large_list(pa.int64()),
+    "completion": pa.large_string(),
+    "completion_ids": pa.large_list(pa.int64()),
+    "starts": pa.large_list(pa.int64()),
+    "stops": pa.large_list(pa.int64()),
+    "finish_reason": pa.string(),
+    "columns": pa.large_string(),
+}
+
+
+def decode_request(
+    body: bytes, content_type: str, known: list[str], limits: Limits = Limits()
+) -> tuple[ScoreRequest, list[str]]:
+    """The request and the names of the wanted components, all of `known` where it does not say.
+
+    Raises WireError for anything that is not exactly a request.
+    """
+    if content_type == ARROW:
+        samples, wanted = _samples_from_arrow(body, limits)
+    else:
+        tree = strict_json(body, limits.depth)
+        _keys(tree, "the request", {"samples"}, {"components"})
+        samples, wanted = tree["samples"], tree.get("components")
+        if not isinstance(samples, list):
+            raise WireError(f"samples: wants a list, got {_kind(samples)}")
+        if len(samples) > limits.samples:
+            raise WireError(f"samples: {len(samples)} of them, at most {limits.samples} in one request")
+        samples = [_sample_from_json(sample, i) for i, sample in enumerate(samples)]
+    if not samples:
+        raise WireError("samples: there is none")
+    names = known if wanted is None else wanted
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise WireError("components: wants a list of names")
+    unknown = [name for name in names if name not in known]
+    if unknown or not names or len(set(names)) < len(names):
+        raise WireError(f"components: {names!r}; wanted are different ones of {known}"[:300])
+    seen: set[str] = set()
+    tokens = 0
+    for sample in samples:
+        _check_sample(sample)
+        if sample["uid"] in seen:
+            raise WireError(f"sample {sample['uid']}: its uid appears twice")
+        seen.add(sample["uid"])
+        tokens += len(sample["completion_ids"]) + len(sample["prompt_ids"])
+    if tokens > limits.tokens:
+        raise WireError(f"samples: {tokens} tokens, at most {limits.tokens} in one request")
+    names_of_columns = dict.fromkeys(name for sample in samples for name in sample["columns"])
+    request = ScoreRequest(
+        prompts=[sample["prompt"] for sample in samples],
+        completions=[sample["completion"] for sample in samples],
+        prompt_ids=[sample["prompt_ids"].tolist() for sample in samples],
+        completion_ids=[sample["completion_ids"].tolist() for sample in samples],
+        offsets=[sample["offsets"] for sample in samples],
+        finish_reasons=[sample["finish_reason"] for sample in samples],
+        uids=[sample["uid"] for sample in samples],
+        columns={name: [sample["columns"].get(name) for sample in samples] for name in names_of_columns},
+    )
+    return request, names
+
+
+def _sample_from_json(sample: Any, i: int) -> dict[str, Any]:
+    fields = {"uid", "prompt", "prompt_ids", "completion", "completion_ids", "offsets", "finish_reason", "columns"}
+    _keys(sample, f"samples[{i}]", fields, set())
+    here = f"sample {sample['uid'] if isinstance(sample['uid'], str) else i}"
+    whole = dict(sample)
+    for name in ("prompt_ids", "completion_ids"):
+        whole[name] = _integers(sample[name], f"{here}: {name}")
+    pairs = sample["offsets"]
+    if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
+        raise WireError(f"{here}: offsets: wants a list of [start, end]")
+    flat = _integers([x for pair in pairs for x in pair], f"{here}: offsets")
+    return whole | {"offsets": flat.reshape(-1, 2)}
+
+
+def _samples_from_arrow(body: bytes, limits: Limits) -> tuple[list[dict[str, Any]], Any]:
+    table, metadata = _read(body, _REQUEST, lambda reason: WireError(reason, 400), limits)
+    wanted = strict_json(metadata[b"components"], limits.depth) if b"components" in metadata else None
+    ids, prompt_ids = _split(table["completion_ids"]), _split(table["prompt_ids"])
+    starts, stops = _split(table["starts"]), _split(table["stops"])
+    plain = {name: table[name].to_pylist() for name in ("uid", "prompt", "completion", "finish_reason", "columns")}
+    samples = []
+    for i, uid in enumerate(plain["uid"]):
+        if len(starts[i]) != len(stops[i]):
+            raise WireError(f"sample {uid}: {len(starts[i])} starts and {len(stops[i])} stops")
+        samples.append(
+            {
+                "uid": uid,
+                "prompt": strict_json(plain["prompt"][i].encode(), limits.depth),
+                "prompt_ids": prompt_ids[i],
+                "completion": strict_json(plain["completion"][i].encode(), limits.depth),
+                "completion_ids": ids[i],
+                "offsets": np.stack([starts[i], stops[i]], axis=1),
+                "finish_reason": plain["finish_reason"][i],
+                "columns": strict_json(plain["columns"][i].encode(), limits.depth),
+            }
+        )
+    return samples, wanted
+
+
+def _check_sample(sample: dict[str, Any]) -> None:
+    uid = sample["uid"]
+    if not isinstance(uid, str) or not 1 <= len(uid) <= 256 or not uid.isprintable():
+        raise WireError(f"uid {str(uid)[:80]!r}: wants a text of 1 to 256 printable characters")
+    here = f"sample {uid}"
+    for name in ("prompt", "completion"):
+        _check_text(sample[name], f"{here}: {name}")
+    if sample["finish_reason"] not in FINISH_REASONS:
+        raise WireError(f"{here}: finish_reason {str(sample['finish_reason'])[:80]!r}: one of {FINISH_REASONS}")
+    if not isinstance(sample["columns"], dict):
+        raise WireError(f"{here}: columns: wants an object, got {_kind(sample['columns'])}")
+    taken = {*PASSED, "prompt"} & set(sample["columns"])
+    if taken:
+        raise WireError(f"{here}: columns: {sorted(taken)[0]} is what every component gets already")
+    ids, offsets = sample["completion_ids"], sample["offsets"]
+    for name in ("prompt_ids", "completion_ids"):
+        if len(sample[name]) and not 0 <= int(sample[name].min()) <= int(sample[name].max()) <= MAX_ID:
+            raise WireError(f"{here}: {name}: ids are from 0 to {MAX_ID}")
+    if not len(ids):
+        raise WireError(f"{here}: completion_ids: there is none, so there is nothing to reward")
+    if len(offsets) != len(ids):
+        raise WireError(f"{here}: {len(offsets)} offsets for {len(ids)} completion_ids")
+    length = len(text_of(sample["completion"]))
+    starts, stops = offsets[:, 0], offsets[:, 1]
+    if (starts < 0).any() or (stops < starts).any() or (np.diff(starts) < 0).any() or int(stops.max()) != length:
+        raise WireError(
+            f"{here}: offsets: wants 0 <= start <= end, starts in ascending order, and the largest end to be the"
+            f" {length} characters of the completion"
+        )
+
+
+def _check_text(value: Any, here: str) -> None:
+    is_messages = (
+        isinstance(value, list)
+        and bool(value)
+        and all(
+            isinstance(m, dict) and isinstance(m.get("content"), str) and isinstance(m.get("role"), str) for m in value
+        )
+    )
+    if not isinstance(value, str) and not is_messages:
+        raise WireError(f"{here}: wants text, or a list of messages with role and content")
+
+
+# ------------------------------------------------------------------------------------------------------------- answers
+
+
+def encode_answer(
+    request: ScoreRequest, scores: dict[str, list[Placed | RewardFault]], content_type: str, version: str
+) -> bytes:
+    hashes = [ids_hash(ids) for ids in request.completion_ids]
+    counts = [len(ids) for ids in request.completion_ids]
+    if content_type == JSON:
+        samples = []
+        for i, uid in enumerate(request.uids):
+            rewards: dict[str, Any] = {}
+            for name, answers in scores.items():
+                answer = answers[i]
+                if isinstance(answer, RewardFault):
+                    rewards[name] = {"fault": str(answer)}
+                else:
+                    rewards[name] = {"tokens": answer[0].tolist()} if answer[1].all() else {"applies": False}
+            samples.append({"uid": uid, "count": counts[i], "ids_hash": hashes[i], "rewards": rewards})
+        return json.dumps({"version": version, "samples": samples}, allow_nan=False).encode()
+    arrays = {
+        "uid": pa.array(request.uids, pa.string()),
+        "count": pa.array(counts, pa.int64()),
+        "ids_hash": pa.array(hashes, pa.string()),
+    }
+    for name, answers in scores.items():
+        faults = [str(answer) if isinstance(answer, RewardFault) else None for answer in answers]
+        fits = [not isinstance(answer, RewardFault) and bool(answer[1].all()) for answer in answers]
+        values = [answer[0] if ok else np.zeros(0) for answer, ok in zip(answers, fits, strict=True)]
+        arrays |= {
+            f"tokens:{name}": _lists(values, dtype=np.float64),
+            f"applies:{name}": pa.array(fits, pa.bool_()),
+            f"fault:{name}": pa.array(faults, pa.large_string()),
+        }
+    return _stream(arrays, {"version": version})
+
+
+def decode_answer(body: bytes, content_type: str, request: ScoreRequest, component: str) -> list[Any]:
+    """The B entries of `component` for `request`: [T] float64, None, or the RewardFault that a sample had there.
+
+    Raises RewardFault for an answer that is not exactly one to this request.
+    """
+
+    def refuse(reason: str) -> NoReturn:
+        raise RewardFault(f"component {component!r}: the answer of its server: {reason}")
+
+    if content_type == ARROW:
+        uids, counts, hashes, entries = _answer_from_arrow(body, request, component, refuse)
+    elif content_type == JSON:
+        uids, counts, hashes, entries = _answer_from_json(body, component, refuse)
+    else:
+        refuse(f"is {content_type[:80]!r}, wanted is {JSON} or {ARROW}")
+    if uids != request.uids:
+        wrong = next((uid for uid, want in zip(uids, request.uids, strict=False) if uid != want), None)
+        said = f"has uid {str(wrong)[:80]!r} where another was asked for" if wrong is not None else "has"
+        refuse(f"{said} ({len(uids)} samples, asked were {len(request)}: {request.uids[0]}, ...)")
+    for i, uid in enumerate(request.uids):
+        here = f"sample {uid}: "
+        if counts[i] != len(request.completion_ids[i]):
+            refuse(f"{here}counts {counts[i]!r} tokens, it has {len(request.completion_ids[i])}")
+        if hashes[i] != ids_hash(request.completion_ids[i]):
+            refuse(f"{here}is about other token ids (ids_hash {str(hashes[i])[:32]!r})")
+        entry = entries[i]
+        if isinstance(entry, np.ndarray):
+            if len(entry) != len(request.completion_ids[i]):
+                refuse(f"{here}has {len(entry)} rewards for {len(request.completion_ids[i])} tokens")
+            wrong_at = np.flatnonzero(~(np.abs(entry) <= LARGEST))
+            if len(wrong_at):
+                refuse(
+                    f"{here}has {entry[wrong_at[0]]!r} for token {wrong_at[0]}; wanted are finite, at most {LARGEST:g}"
+                )
+    return entries
+
+
+def _answer_from_json(body: bytes, component: str, refuse: Any) -> tuple[list, ...]:
+    try:
+        tree = strict_json(body, 32)
+        _keys(tree, "it", {"samples", "version"}, set())
+        if not isinstance(tree["samples"], list):
+            refuse(f"samples: wants a list, got {_kind(tree['samples'])}")
+        uids, counts, hashes, entries = [], [], [], []
+        for i, sample in enumerate(tree["samples"]):
+            _keys(sample, f"samples[{i}]", {"uid", "count", "ids_hash", "rewards"}, set())
+            uid = sample["uid"]
+            here = f"sample {str(uid)[:80]}"
+            _keys(sample["rewards"], f"{here}: rewards", {component}, set())
+            entries.append(_entry_from_json(sample["rewards"][component], here))
+            uids.append(uid)
+            counts.append(None if isinstance(sample["count"], bool) else sample["count"])
+            hashes.append(sample["ids_hash"])
+    except WireError as error:
+        refuse(str(error))
+    return uids, counts, hashes, entries
+
+
+def _entry_from_json(reward: Any, here: str) -> Any:
+    _keys(reward, f"{here}: reward", set(), {"tokens", "applies", "fault"})
+    if len(reward) != 1:
+        raise WireError(f"{here}: reward: wants one of tokens, applies, fault, got {sorted(reward)}")
+    if "fault" in reward:
+        if not isinstance(reward["fault"], str):
+            raise WireError(f"{here}: fault: wants text, got {_kind(reward['fault'])}")
+        return RewardFault(f"on its server: {reward['fault'][:500]}")
+    if "applies" in reward:
+        if reward["applies"] is not False:
+            raise WireError(f"{here}: applies: false is all it can say, got {str(reward['applies'])[:80]!r}")
+        return None
+    tokens = reward["tokens"]
+    wrong = [x for x in tokens if type(x) not in (int, float)] if isinstance(tokens, list) else [tokens]
+    if wrong:
+        raise WireError(f"{here}: tokens: wants a list of numbers, got {str(wrong[0])[:80]!r} ({_kind(wrong[0])})")
+    try:
+        return np.array([float(x) for x in tokens], dtype=np.float64)
+    except OverflowError:
+        raise WireError(f"{here}: tokens: a number is larger than a float64 holds") from None
+
+
+def _answer_from_arrow(
+    body: bytes, request: ScoreRequest, component: str, refuse: Any
+) -> tuple[list, list, list, list]:
+    columns = {
+        "uid": pa.string(),
+        "count": pa.int64(),
+        "ids_hash": pa.string(),
+        f"tokens:{component}": pa.large_list(pa.float64()),
+        f"applies:{component}": pa.bool_(),
+        f"fault:{component}": pa.large_string(),
+    }
+    limits = Limits(samples=len(request))
+    try:
+        table, _ = _read(body, columns, WireError, limits, nullable=(f"fault:{component}",))
+    except WireError as error:
+        refuse(str(error))
+    entries: list[Any] = []
+    faults, applies = table[f"fault:{component}"].to_pylist(), table[f"applies:{component}"].to_pylist()
+    for tokens, fits, fault in zip(_split(table[f"tokens:{component}"]), applies, faults, strict=True):
+        if fault is not None:
+            entries.append(RewardFault(f"on its server: {fault[:500]}"))
+        else:
+            entries.append(tokens if fits else None)
+    return table["uid"].to_pylist(), table["count"].to_pylist(), table["ids_hash"].to_pylist(), entries
+
+
+# ---------------------------------------------------------------------------------------------------------------- JSON
+
+
+def strict_json(body: bytes, depth: int) -> Any:
+    """JSON as RFC 8259 has it, without what Python's reader also takes: NaN, Infinity, keys given twice, half a
+    surrogate pair, nesting beyond `depth`. Raises WireError (400)."""
+
+    def refuse_constant(name: str) -> NoReturn:
+        raise WireError(f"JSON: {name} is no number", 400)
+
+    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        tree = dict(items)
+        if len(tree) < len(items):
+            keys = [key for key, _ in items]
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise WireError(f"JSON: the key {twice[:80]!r} appears twice", 400)
+        return tree
+
+    try:
+        text = body.decode("utf-8")
+        if _deepest(text) > depth:
+            raise WireError(f"JSON: nested deeper than {depth}", 400)
+        tree = json.loads(text, parse_constant=refuse_constant, object_pairs_hook=pairs)
+        if "\\u" in text:
+            json.dumps(tree, ensure_ascii=False).encode("utf-8")
+    except WireError:
+        raise
+    except UnicodeError as error:
+        raise WireError(f"JSON: not valid UTF-8 text ({error.reason})", 400) from None
+    except ValueError as error:
+        raise WireError(f"JSON: {str(error)[:200]}", 400) from None
+    _refuse_infinite(tree)
+    return tree
+
+
+def _deepest(text: str) -> int:
+    """How deep brackets go; those inside strings count too, unless that alone makes it too deep to tell."""
+    if text.count("[") + text.count("{") <= 32:
+        return 0
+    at = deepest = 0
+    in_string = escaped = False
+    for c in text:
+        if in_string:
+            if escaped:
+                escaped = False
+            elif c == "\\":
+                escaped = True
+            elif c == '"':
+                in_string = False
+        elif c == '"':
+            in_string = True
+        elif c in "[{":
+            at += 1
+            deepest = max(deepest, at)
+        elif c in "]}":
+            at -= 1
+    return deepest
+
+
+def _refuse_infinite(tree: Any) -> None:
+    """1e999 is valid JSON and no number that Python can hold."""
+    waiting = [tree]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict):
+            waiting.extend(value.values())
+        elif isinstance(value, list):
+            waiting.extend(value)
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise WireError("JSON: a number is larger than a float64 holds", 400)
+
+
+def _keys(tree: Any, here: str, wanted: set[str], allowed: set[str]) -> None:
+    if not isinstance(tree, dict):
+        raise WireError(f"{here}: wants an object, got {_kind(tree)}")
+    if missing := sorted(wanted - tree.keys()):
+        raise WireError(f"{here}: `{missing[0]}` is missing")
+    if unknown := sorted(tree.keys() - wanted - allowed):
+        raise WireError(f"{here}: there is no field {unknown[0][:80]!r}")
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "a number")
+
+
+def _integers(values: Any, here: str) -> np.ndarray:
+    if not isinstance(values, list):
+        raise WireError(f"{here}: wants a list, got {_kind(values)}")
+    if any(type(x) is not int for x in values):
+        raise WireError(f"{here}: wants whole numbers")
+    try:
+        return np.array(values, dtype=np.int64)
+    except OverflowError:
+        raise WireError(f"{here}: a number is too large") from None
+
+
+# --------------------------------------------------------------------------------------------------------------- Arrow
+
+
+def _lists(parts: list[Any], flat: np.ndarray | None = None, dtype: Any = np.int64) -> pa.Array:
+    """B lists as one Arrow array; the numbers are handed over as one buffer."""
+    bounds = np.zeros(len(parts) + 1, dtype=np.int64)
+    np.cumsum([len(part) for part in parts], out=bounds[1:])
+    if flat is None:
+        flat = np.concatenate([np.asarray(part, dtype=dtype) for part in parts]) if len(parts) else np.zeros(0, dtype)
+    return pa.LargeListArray.from_arrays(pa.array(bounds), pa.array(np.ascontiguousarray(flat, dtype=dtype)))
+
+
+def _stream(arrays: dict[str, pa.Array], metadata: dict[str, str]) -> bytes:
+    schema = pa.schema([pa.field(name, x.type) for name, x in arrays.items()], metadata=metadata)
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, schema) as writer:
+        writer.write_batch(pa.record_batch(list(arrays.values()), schema=schema))
+    return sink.getvalue().to_pybytes()
+
+
+def _read(
+    body: bytes, columns: dict[str, pa.DataType], refuse: Any, limits: Limits, nullable: tuple[str, ...] = ()
+) -> tuple[dict[str, pa.Array], dict[bytes, bytes]]:
+    """The columns of the one record batch in a stream, checked down to their buffers. Raises `refuse`."""
+    try:
+        # Compressed buffers would be unpacked before anybody could count their bytes.
+        with pa.ipc.open_stream(pa.BufferReader(body)) as reader:
+            schema = reader.schema
+            names = set(schema.names)
+            if len(schema.names) != len(names) or names != set(columns):
+                off = sorted(names ^ set(columns))
+                raise refuse(f"Arrow: the columns are not those wanted ({', '.join(off)[:200]})")
+            for name, kind in columns.items():
+                if schema.field(name).type != kind:
+                    raise refuse(f"Arrow: column {name} is {schema.field(name).type}, wanted is {kind}")
+            batch = reader.read_next_batch()
+            if batch.num_rows > limits.samples:
+                raise refuse(f"samples: {batch.num_rows} of them, at most {limits.samples} in one request")
+            if batch.get_total_buffer_size() > max(limits.body_bytes, 4 * len(body) + 4096):
+                raise refuse("Arrow: it unpacks to more than it may")
+            batch.validate(full=True)
+            if next(iter(reader), None) is not None:
+                raise refuse("Arrow: wants one record batch, got more")
+    except (pa.ArrowException, OSError, ValueError, StopIteration) as error:
+        if isinstance(error, WireError):
+            raise
+        raise refuse(f"Arrow: {' '.join(str(error).split())[:200] or 'it ends too early'}") from None
+    for name in columns:
+        if name not in nullable and batch.column(name).null_count:
+            raise refuse(f"Arrow: column {name} has nulls")
+        values = getattr(batch.column(name), "values", None)
+        if values is not None and values.null_count:
+            raise refuse(f"Arrow: column {name} has nulls in its lists")
+    return {name: batch.column(name) for name in columns}, schema.metadata or {}
+
+
+def _split(lists: pa.LargeListArray) -> list[np.ndarray]:
+    """The B lists as views of one buffer."""
+    flat = lists.values.to_numpy(zero_copy_only=True)
+    bounds = lists.offsets.to_numpy()
+    return [flat[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
