@@ -110,16 +110,22 @@ def _place_spans(
 
 
 def _conserve(rewards: np.ndarray, last: int, scores: list[float], fault: Callable[[str], RewardFault]) -> None:
-    """What adding parts where spans meet has rounded away goes to token `last`, the last one that got any."""
+    """What adding parts where spans meet has rounded away goes to token `last`, the last one that got any.
+
+    Where large scores cancel, its float64 may be too coarse for that: then to the token with the smallest reward that
+    takes it. It is less than the last binary digit of the largest score.
+    """
     emitted = math.fsum(scores)
-    for _ in range(3):
-        missing = math.fsum([emitted, *(-x for x in rewards.tolist())])
-        if missing == 0 or math.fsum(rewards.tolist()) == emitted:
+    missing = math.fsum([emitted, *(-x for x in rewards.tolist())])
+    for token in [last, *np.argsort(np.abs(rewards), kind="stable").tolist()]:
+        if math.fsum(rewards.tolist()) == emitted:
             return
-        rewards[last] += missing
-    raise fault(
-        f"its spans hold {emitted!r}, their tokens {math.fsum(rewards.tolist())!r}: too far apart for a float64"
-    )
+        before = rewards[token]
+        rewards[token] += missing
+        if math.fsum(rewards.tolist()) != emitted:
+            rewards[token] = before
+    if math.fsum(rewards.tolist()) != emitted:
+        raise fault(f"its spans add up to {emitted!r}, which no float64 of its tokens can hold beside the others")
 
 
 def _number(value: Any) -> float:

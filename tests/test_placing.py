@@ -163,6 +163,12 @@ class TestPlace:
         with pytest.raises(RewardFault, match="sample u7: component 'truth': the server was busy"):
             placed(RewardFault("the server was busy"))
 
+    def test_where_large_scores_cancel_a_small_token_holds_the_rest(self):
+        spans = [Span(0, 3, 500.123), Span(3, 7, -500.122), Span(0, 7, 0.001)]
+        rewards, _ = place(spans, OFFSETS, component="c", uid="u")
+        assert math.fsum(rewards.tolist()) == math.fsum(s.score for s in spans) != math.fsum(rewards[:2].tolist())
+        assert rewards[:2].tolist() == [500.1235, -500.1215] and 0 < abs(rewards[2]) < 1e-13 and rewards[3] == 0
+
     @settings(max_examples=300, deadline=None)
     @given(
         text=st.text("aé😀 .", min_size=1, max_size=12),
@@ -183,6 +189,7 @@ class TestPlace:
             if at <= len(pairs):
                 stop = pairs[at - 1][1] if at else 0
                 pairs.insert(at, (stop, stop))
+        pairs.append((len(text), len(text)))  # <eos>: where all others are large, it holds what they are too coarse for
         answer = []
         for a, b, score in spans:
             start, end = sorted((int(a * len(text)), int(b * len(text))))

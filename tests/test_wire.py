@@ -1,4 +1,4 @@
-"""The wire format: what goes in comes out bit for bit; what is not exactly a request or an answer is refused by name."""
+"""The wire format: what goes in comes out bit for bit; what is not exactly a request or answer is refused by name."""
 
 import gzip
 import json
