@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import yaml
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from core.faults import UserError
 from core.reward_name import RewardName
@@ -136,6 +136,20 @@ def load(config_file: Path | None, overrides: dict[str, Any] | None = None, *, f
     if isinstance(run, dict):
         run.setdefault("dir", str((folder or Path.cwd()) / "runs"))
     return from_tree(tree)
+
+
+def load_rewards(config_file: Path) -> dict[str, RewardConfig]:
+    """The section `rewards` of a file, whatever else is in it. Raises UserError."""
+    tree = read_yaml(config_file).get("rewards")
+    if not isinstance(tree, dict) or not tree:
+        raise UserError(f"--config {config_file}: has no section `rewards` that names components")
+    for key, value in _flatten({"rewards": tree}).items():
+        _set({"rewards": tree}, str(key), _anchor(str(key), value, config_file.absolute().parent))
+    try:
+        return TypeAdapter(dict[str, RewardConfig]).validate_python(tree)
+    except ValidationError as error:
+        problems = [problem | {"loc": ("rewards", *problem["loc"])} for problem in error.errors()]
+        raise UserError("\n".join(map(_explain, problems))) from None
 
 
 def from_tree(tree: dict[str, Any]) -> Config:

@@ -12,7 +12,7 @@ from launch import cluster
 from launch.heat_map import heat_map
 from reward_server.check import Report, check
 from reward_server.components import PASSED, Component, ScoreRequest, load_component, missing_arguments
-from reward_server.texts import text_of
+from reward_server.texts import text_of, words
 from rollout.prompts import load_rows
 from trainer.panel import one_line
 
@@ -95,15 +95,6 @@ def samples(data: str | None, model: str | None) -> ScoreRequest:
 
 def _around(rows: list[dict]) -> list[dict]:
     return [rows[i % len(rows)] for i in range(len(SAMPLES))]
-
-
-def words(text: str) -> tuple[list[int], np.ndarray]:
-    """A stand-in for a tokenizer: words with the space before them and single other signs, then a stop token."""
-    found = [m.span() for m in re.finditer(r"\s*\w+|\s*[^\w\s]|\s+$", text)]
-    offsets = np.array([*found, (len(text), len(text))], dtype=np.int64)
-    # The same piece has the same id, as of a tokenizer.
-    ids = [int.from_bytes(text[a:b].encode()[-4:], "little") % 50_000 + 1 for a, b in found]
-    return [*ids, 0], offsets
 
 
 def _tokens_of(model: str) -> Any:

@@ -43,6 +43,15 @@ def main(argv: list[str]) -> int:
     checks.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="for components that are models")
     checks.add_argument("--json", action="store_true", help="the report as one JSON object")
     checks.set_defaults(do=_check_reward)
+    serve = verbs.add_parser("serve-reward", help="score for other machines and programs over HTTP")
+    serve.add_argument("--config", metavar="F", required=True, help="file with the section `rewards`")
+    serve.add_argument(
+        "--host", default="127.0.0.1", help="default 127.0.0.1; an address that others reach wants a token"
+    )
+    serve.add_argument("--port", type=int, default=8080, help="default 8080; 0 is any free one")
+    serve.add_argument("--token-file", metavar="F", help="secret that callers must send; else $TOKENPPO_REWARD_TOKEN")
+    serve.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="for components that are models")
+    serve.set_defaults(do=_serve_reward)
     health = verbs.add_parser("health", help="exit 0 if this installation and the runs at work are well, 3 if not")
     health.add_argument("dir", metavar="DIR", nargs="?", default="runs", help="folder of all runs, default runs")
     health.add_argument("--stale-s", type=float, default=3600, help="seconds a run may write nothing, default 3600")
@@ -71,6 +80,12 @@ def _evaluate(args: argparse.Namespace) -> int:
 
 def _check_reward(args: argparse.Namespace) -> int:
     from launch.check_reward import main
+
+    return main(args)
+
+
+def _serve_reward(args: argparse.Namespace) -> int:
+    from launch.serve_reward import main
 
     return main(args)
 

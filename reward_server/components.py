@@ -147,6 +147,8 @@ class Component:
         self._options = dict(options or {})
         check_options(name, fn, self._options)
         if inspect.isclass(fn):
+            if getattr(fn, "wants_component_name", False):
+                self._options.setdefault("component", name)
             try:
                 fn = fn(**self._options)
             except Exception as error:
@@ -182,13 +184,13 @@ class Component:
         arguments = {} if self._takes_batch else self._arguments(batch)
         try:
             return self._fn.score(batch) if self._takes_batch else self._fn(**arguments)
-        except RewardFault as fault:
-            raise self._fault(str(fault)) from None
         except Exception as error:  # not SystemExit: that is how a worker is told to end
             raise self.raised(error) from None
 
     def raised(self, error: BaseException) -> RewardFault:
         """The fault for what calling or awaiting it raised."""
+        if isinstance(error, RewardFault):
+            return self._fault(str(error))
         return self._fault(f"{_label(self._fn)} {_raised(error, _file_of(self._fn))}")
 
     def entries(self, answer: Any, batch: ScoreRequest) -> list[Any]:
@@ -261,8 +263,7 @@ def score_components(components: Iterable[Component], batch: ScoreRequest) -> di
     waiting = [component for component in components if inspect.isawaitable(answers[component.name])]
     if waiting:
         for component, answer in zip(waiting, asyncio.run(_all(answers[c.name] for c in waiting)), strict=True):
-            failed = isinstance(answer, BaseException) and not isinstance(answer, RewardFault)
-            answers[component.name] = component.raised(answer) if failed else answer
+            answers[component.name] = component.raised(answer) if isinstance(answer, BaseException) else answer
     return {
         component.name: of_each(answer, batch) if isinstance(answer, RewardFault) else component.place(answer, batch)
         for component, answer in ((c, answers[c.name]) for c in components)
@@ -280,6 +281,14 @@ def load_component(spec: str) -> Callable:
         name = RewardName.parse(spec)
     except ValueError as error:
         raise UserError(f"component `{spec}`: {error}") from None
+    if name.is_url:
+        try:
+            from reward_server.http_client import at
+        except ImportError as error:  # an extra, for those who have a server
+            raise UserError(
+                f"component `{spec}`: wants {error.name}, which is not installed: pip install 'tokenppo[server]'"
+            ) from None
+        return at(name)
     target, attribute = name.target, name.attribute
     module = _module_of_file(spec, name.file) if name.file is not None else _module_by_name(spec, target)
     if not hasattr(module, attribute):

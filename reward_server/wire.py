@@ -291,7 +291,7 @@ def decode_answer(body: bytes, content_type: str, request: ScoreRequest, compone
     """
 
     def refuse(reason: str) -> NoReturn:
-        raise RewardFault(f"component {component!r}: the answer of its server: {reason}")
+        raise RewardFault(f"the answer of its server: {reason}")
 
     if content_type == ARROW:
         uids, counts, hashes, entries = _answer_from_arrow(body, request, component, refuse)

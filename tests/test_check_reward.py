@@ -10,11 +10,12 @@ import pytest
 import tiny_models
 from core.faults import UserError
 from launch import cli
-from launch.check_reward import SAMPLES, samples, words
+from launch.check_reward import SAMPLES, samples
 from launch.heat_map import heat_map
 from reward_server.check import check, take, with_another_end
 from reward_server.components import Component
 from reward_server.placing import Span
+from reward_server.texts import words
 
 
 def finding(fn, name: str, options=None, request=None):
