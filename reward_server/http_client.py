@@ -10,6 +10,7 @@ import json
 import os
 import threading
 from collections.abc import Awaitable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 from urllib.parse import urlsplit
@@ -170,16 +171,42 @@ class HttpComponent(Caller):
         if format not in ("arrow", "json"):
             raise ValueError(f"format = {format!r}: arrow or json")
         self._component, self._kind = component, ARROW if format == "arrow" else JSON
+        self._asks = (*self._urls, self._kind, *sorted((name, str(value)) for name, value in options.items()))
 
     def score(self, batch: ScoreRequest) -> Awaitable[list[Any]]:
-        return self._score(batch)
+        # Components that ask the same server about the same batch do so in one request: all of them are begun before
+        # the first is awaited.
+        asked = _asked.get(self._asks)
+        if asked is None or asked.batch is not batch or asked.answer is not None:
+            asked = _asked[self._asks] = _Asked(batch)
+        asked.names.append(self._component)
+        return self._entries(asked)
 
-    async def _score(self, batch: ScoreRequest) -> list[Any]:
-        body = encode_request(batch, [self._component], self._kind)
+    async def _entries(self, asked: "_Asked") -> list[Any]:
+        if asked.answer is None:
+            if _asked.get(self._asks) is asked:
+                del _asked[self._asks]
+            asked.answer = asyncio.ensure_future(self._ask(asked.batch, asked.names))
+        return (await asked.answer)[self._component]
+
+    async def _ask(self, batch: ScoreRequest, names: list[str]) -> dict[str, list[Any]]:
+        body = encode_request(batch, names, self._kind)
         tokens = sum(map(len, batch.completion_ids))
-        most = 65536 + tokens * REWARD_BYTES + len(batch) * FAULT_BYTES
+        most = 65536 + (tokens * REWARD_BYTES + len(batch) * FAULT_BYTES) * len(names)
         answer, kind = await self.post("/v1/score", body, self._kind, most)
-        return decode_answer(answer, kind, batch, self._component)
+        return decode_answer(answer, kind, batch, names)
+
+
+@dataclass
+class _Asked:
+    """A request that is about to be sent, and the components that it is for."""
+
+    batch: ScoreRequest
+    names: list[str] = field(default_factory=list)
+    answer: asyncio.Future[dict[str, list[Any]]] | None = None
+
+
+_asked: dict[tuple, _Asked] = {}  # by server and options
 
 
 class OpenRLHFServer(Caller):

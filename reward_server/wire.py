@@ -284,8 +284,10 @@ def encode_answer(
     return _stream(arrays, {"version": version})
 
 
-def decode_answer(body: bytes, content_type: str, request: ScoreRequest, component: str) -> list[Any]:
-    """The B entries of `component` for `request`: [T] float64, None, or the RewardFault that a sample had there.
+def decode_answer(
+    body: bytes, content_type: str, request: ScoreRequest, components: list[str]
+) -> dict[str, list[np.ndarray | None | RewardFault]]:
+    """By component the B entries for `request`: [T] float64, None, or the RewardFault that a sample had there.
 
     Raises RewardFault for an answer that is not exactly one to this request.
     """
@@ -294,9 +296,9 @@ def decode_answer(body: bytes, content_type: str, request: ScoreRequest, compone
         raise RewardFault(f"the answer of its server: {reason}")
 
     if content_type == ARROW:
-        uids, counts, hashes, entries = _answer_from_arrow(body, request, component, refuse)
+        uids, counts, hashes, entries = _answer_from_arrow(body, request, components, refuse)
     elif content_type == JSON:
-        uids, counts, hashes, entries = _answer_from_json(body, component, refuse)
+        uids, counts, hashes, entries = _answer_from_json(body, components, refuse)
     else:
         refuse(f"is {content_type[:80]!r}, wanted is {JSON} or {ARROW}")
     if uids != request.uids:
@@ -304,36 +306,38 @@ def decode_answer(body: bytes, content_type: str, request: ScoreRequest, compone
         said = f"has uid {str(wrong)[:80]!r} where another was asked for" if wrong is not None else "has"
         refuse(f"{said} ({len(uids)} samples, asked were {len(request)}: {request.uids[0]}, ...)")
     for i, uid in enumerate(request.uids):
-        here = f"sample {uid}: "
-        if counts[i] != len(request.completion_ids[i]):
-            refuse(f"{here}counts {counts[i]!r} tokens, it has {len(request.completion_ids[i])}")
-        if hashes[i] != ids_hash(request.completion_ids[i]):
+        here, ids = f"sample {uid}: ", request.completion_ids[i]
+        if counts[i] != len(ids):
+            refuse(f"{here}counts {counts[i]!r} tokens, it has {len(ids)}")
+        if hashes[i] != ids_hash(ids):
             refuse(f"{here}is about other token ids (ids_hash {str(hashes[i])[:32]!r})")
-        entry = entries[i]
-        if isinstance(entry, np.ndarray):
-            if len(entry) != len(request.completion_ids[i]):
-                refuse(f"{here}has {len(entry)} rewards for {len(request.completion_ids[i])} tokens")
+        for name in components:
+            entry = entries[name][i]
+            if not isinstance(entry, np.ndarray):
+                continue
+            if len(entry) != len(ids):
+                refuse(f"{here}{name} has {len(entry)} rewards for {len(ids)} tokens")
             wrong_at = np.flatnonzero(~(np.abs(entry) <= LARGEST))
             if len(wrong_at):
-                refuse(
-                    f"{here}has {entry[wrong_at[0]]!r} for token {wrong_at[0]}; wanted are finite, at most {LARGEST:g}"
-                )
+                refuse(f"{here}{name} has {entry[wrong_at[0]]!r} for token {wrong_at[0]}; at most {LARGEST:g} fits")
     return entries
 
 
-def _answer_from_json(body: bytes, component: str, refuse: Any) -> tuple[list, ...]:
+def _answer_from_json(body: bytes, components: list[str], refuse: Any) -> tuple[list, list, list, dict[str, list]]:
+    uids, counts, hashes = [], [], []
+    entries: dict[str, list[Any]] = {name: [] for name in components}
     try:
         tree = strict_json(body, 32)
         _keys(tree, "it", {"samples", "version"}, set())
         if not isinstance(tree["samples"], list):
             refuse(f"samples: wants a list, got {_kind(tree['samples'])}")
-        uids, counts, hashes, entries = [], [], [], []
         for i, sample in enumerate(tree["samples"]):
             _keys(sample, f"samples[{i}]", {"uid", "count", "ids_hash", "rewards"}, set())
             uid = sample["uid"]
             here = f"sample {str(uid)[:80]}"
-            _keys(sample["rewards"], f"{here}: rewards", {component}, set())
-            entries.append(_entry_from_json(sample["rewards"][component], here))
+            _keys(sample["rewards"], f"{here}: rewards", set(components), set())
+            for name in components:
+                entries[name].append(_entry_from_json(sample["rewards"][name], here))
             uids.append(uid)
             counts.append(None if isinstance(sample["count"], bool) else sample["count"])
             hashes.append(sample["ids_hash"])
@@ -365,28 +369,32 @@ def _entry_from_json(reward: Any, here: str) -> Any:
 
 
 def _answer_from_arrow(
-    body: bytes, request: ScoreRequest, component: str, refuse: Any
-) -> tuple[list, list, list, list]:
-    columns = {
-        "uid": pa.string(),
-        "count": pa.int64(),
-        "ids_hash": pa.string(),
-        f"tokens:{component}": pa.large_list(pa.float64()),
-        f"applies:{component}": pa.bool_(),
-        f"fault:{component}": pa.large_string(),
-    }
-    limits = Limits(samples=len(request))
+    body: bytes, request: ScoreRequest, components: list[str], refuse: Any
+) -> tuple[list, list, list, dict[str, list]]:
+    columns: dict[str, pa.DataType] = {"uid": pa.string(), "count": pa.int64(), "ids_hash": pa.string()}
+    for name in components:
+        columns |= {
+            f"tokens:{name}": pa.large_list(pa.float64()),
+            f"applies:{name}": pa.bool_(),
+            f"fault:{name}": pa.large_string(),
+        }
+    limits, nullable = Limits(samples=len(request)), tuple(f"fault:{name}" for name in components)
     try:
-        table, _ = _read(body, columns, WireError, limits, nullable=(f"fault:{component}",))
+        table, _ = _read(body, columns, WireError, limits, nullable=nullable)
     except WireError as error:
         refuse(str(error))
-    entries: list[Any] = []
-    faults, applies = table[f"fault:{component}"].to_pylist(), table[f"applies:{component}"].to_pylist()
-    for tokens, fits, fault in zip(_split(table[f"tokens:{component}"]), applies, faults, strict=True):
-        if fault is not None:
-            entries.append(RewardFault(f"on its server: {fault[:500]}"))
-        else:
-            entries.append(tokens if fits else None)
+    entries: dict[str, list[Any]] = {}
+    for name in components:
+        rows = zip(
+            _split(table[f"tokens:{name}"]),
+            table[f"applies:{name}"].to_pylist(),
+            table[f"fault:{name}"].to_pylist(),
+            strict=True,
+        )
+        entries[name] = [
+            RewardFault(f"on its server: {fault[:500]}") if fault is not None else tokens if fits else None
+            for tokens, fits, fault in rows
+        ]
     return table["uid"].to_pylist(), table["count"].to_pylist(), table["ids_hash"].to_pylist(), entries
 
 

@@ -90,7 +90,7 @@ def test_any_text_and_any_float_survive(texts, rewards):
         answers.append(rewards.draw(st.sampled_from([placed, placed, fits_not, RewardFault("why")])))
     for kind in (JSON, ARROW):
         same(decode_request(encode_request(asked, ["c"], kind), kind, ["c"])[0], asked)
-        got = decode_answer(encode_answer(asked, {"c": answers}, kind, "1"), kind, asked, "c")
+        got = decode_answer(encode_answer(asked, {"c": answers}, kind, "1"), kind, asked, ["c"])["c"]
         for want, entry in zip(answers, got, strict=True):
             if isinstance(want, RewardFault):
                 assert isinstance(entry, RewardFault) and str(entry) == "on its server: why"
@@ -104,7 +104,7 @@ def test_a_component_that_applies_to_no_token_is_none_and_one_of_a_single_token_
     asked = request()
     answers = [(np.array([0.0, 0.0, 1.0]), np.ones(3, dtype=bool)), (np.zeros(3), np.zeros(3, dtype=bool))]
     for kind in (JSON, ARROW):
-        first, second = decode_answer(encode_answer(asked, {"c": answers}, kind, "1"), kind, asked, "c")
+        first, second = decode_answer(encode_answer(asked, {"c": answers}, kind, "1"), kind, asked, ["c"])["c"]
         assert first.tolist() == [0, 0, 1] and second is None
 
 
@@ -261,12 +261,12 @@ def written(tokens: bytes) -> bytes:
 ANSWERS = {
     "NaN": (written(b"[0.0, NaN, 1.0]"), JSON, "NaN is no number"),
     "Infinity": (written(b"[0.0, Infinity, 1.0]"), JSON, "Infinity is no number"),
-    "1e30": (rewards([0, 1e30, 0]), JSON, "sample u1: has .*1e.30.* for token 1"),
+    "1e30": (rewards([0, 1e30, 0]), JSON, "sample u1: quality has .*1e.30.* for token 1"),
     "1e999": (written(b"[0.0, 1e999, 1.0]"), JSON, "float64"),
     "an int of 400 digits": (written(b"[0.0, 1" + b"0" * 400 + b", 1.0]"), JSON, "sample u1: tokens"),
-    "too few": (rewards([0.0, 1.0]), JSON, "sample u1: has 2 rewards for 3 tokens"),
-    "too many": (rewards([0.0] * 4), JSON, "sample u1: has 4 rewards for 3 tokens"),
-    "none": (rewards([]), JSON, "sample u1: has 0 rewards for 3 tokens"),
+    "too few": (rewards([0.0, 1.0]), JSON, "sample u1: quality has 2 rewards for 3 tokens"),
+    "too many": (rewards([0.0] * 4), JSON, "sample u1: quality has 4 rewards for 3 tokens"),
+    "none": (rewards([]), JSON, "sample u1: quality has 0 rewards for 3 tokens"),
     "a text": (rewards("good"), JSON, "sample u1: tokens: wants a list of numbers, got 'good'"),
     "a text among numbers": (rewards([0.0, "1.0", 0.0]), JSON, "sample u1: tokens: .*'1.0'"),
     "true": (rewards([0.0, True, 0.0]), JSON, "sample u1: tokens: .*'True'"),
@@ -306,7 +306,7 @@ def through_a_component(body: bytes, kind: str) -> list:
 
     class Remote:
         def score(self, batch: ScoreRequest):
-            return decode_answer(body, kind, batch, "quality")
+            return decode_answer(body, kind, batch, ["quality"])["quality"]
 
     placed = score_components([Component("quality", Remote)], request())["quality"]
     assert all(isinstance(p, RewardFault) for p in placed)
@@ -327,7 +327,7 @@ def test_numbers_that_are_none_in_arrow(value):
     """Arrow carries any float64: only the check of the numbers stands between it and the learner."""
     bad = [FINE[0], (np.array([0.0, value, 0.0]), np.ones(3, dtype=bool))]
     fault, _ = through_a_component(encode_answer(request(), {"quality": bad}, ARROW, "1"), ARROW)
-    assert re.search("component 'quality'.*sample u1: has .* for token 1", str(fault))
+    assert re.search("component 'quality'.*sample u1: quality has .* for token 1", str(fault))
 
 
 @BOTH
@@ -335,6 +335,6 @@ def test_an_answer_to_another_request_is_refused(kind):
     body = encode_answer(request(), {"quality": FINE}, kind, "1")
     other = request(completion_ids=[[19, 13, 0], [5, 6, 7]])
     with pytest.raises(RewardFault, match="sample u1: is about other token ids"):
-        decode_answer(body, kind, other, "quality")
+        decode_answer(body, kind, other, ["quality"])
     with pytest.raises(RewardFault, match="speed|quality"):
-        decode_answer(body, kind, request(), "speed")
+        decode_answer(body, kind, request(), ["speed"])

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import re
 import signal
 import socket
 import threading
@@ -94,6 +95,24 @@ def test_a_sample_that_fails_there_is_a_fault_here_and_the_others_are_scored(ser
 def test_a_component_that_is_not_there_is_named(served):
     (fault,) = scored(component(served.url, "beauty"), batch(["x"]))
     assert "component 'beauty'" in str(fault) and "status 422" in str(fault) and "['beauty']" in str(fault)
+
+
+def test_components_of_one_server_are_asked_for_in_one_request(served, folder):
+    def scored_requests() -> int:
+        found = re.search(rb'path="/v1/score",status="200"} (\d+)', served.ask("GET", "/metrics")[1])
+        return int(found[1]) if found else 0
+
+    names, before = ("vowels", "some", "fails"), scored_requests()
+    request = batch([*TEXTS, "bad"])
+    there = score_components([component(served.url, name) for name in names], request)
+    assert scored_requests() - before == 1
+    here = score_components([Component(name, load_component(f"{folder}/r.py:{name}")) for name in names], request)
+    for name in names:
+        for a, b in zip(here[name], there[name], strict=True):
+            if isinstance(a, RewardFault):
+                assert isinstance(b, RewardFault) and "u5" in str(b)
+            else:
+                assert a[0].tobytes() == b[0].tobytes() and a[1].tobytes() == b[1].tobytes()
 
 
 def test_another_name_there_than_here(served, folder):
