@@ -26,7 +26,7 @@ import importlib.util
 import inspect
 import sys
 import traceback
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -41,6 +41,7 @@ from reward_server.adapters import adapted
 from reward_server.placing import Span, Spans, place, shown
 from reward_server.texts import Messages
 
+Run = Callable[[Coroutine[Any, Any, Any]], Any]  # sees a coroutine to its end, as asyncio.run does
 Placed = tuple[np.ndarray, np.ndarray]  # [T] float64 rewards, [T] bool mask
 PASSED = ("prompts", "completions", "completion_ids", "offsets", "finish_reasons")  # to every component that wants them
 
@@ -173,11 +174,12 @@ class Component:
                 said = _raised(error, _file_of(self._fn))
                 raise UserError(f"rewards.{self.name}: {_label(self._fn)}.setup({device!r}) {said}") from None
 
-    def close(self) -> None:
-        """Let it go of what it holds."""
+    def close(self, run: Run = asyncio.run) -> None:
+        """Let it go of what it holds. `run` sees an `async` close to its end."""
         close = getattr(self._fn, "close", None)
-        if callable(close):
-            close()
+        ending = close() if callable(close) else None
+        if inspect.iscoroutine(ending):
+            run(ending)
 
     def begin(self, batch: ScoreRequest) -> Any:
         """Call it: its answer, or the awaitable of an `async` one. Raises RewardFault where it raises."""
@@ -247,12 +249,14 @@ def of_each(fault: RewardFault, batch: ScoreRequest) -> list[Placed | RewardFaul
     return [type(fault)(f"sample {uid}: {fault}") for uid in batch.uids]
 
 
-def score_components(components: Iterable[Component], batch: ScoreRequest) -> dict[str, list[Placed | RewardFault]]:
+def score_components(
+    components: Iterable[Component], batch: ScoreRequest, run: Run = asyncio.run
+) -> dict[str, list[Placed | RewardFault]]:
     """By component, for each of the B samples its rewards and mask ([T] float64, [T] bool), or its fault instead.
 
     Never raises for what a component does. A fault of the call (an exception, a wrong number of entries) is that of
     every sample; a fault in one entry is that of its sample alone. Each names the component and the sample. `async`
-    components wait beside each other.
+    components wait beside each other, on the event loop of `run`.
     """
     components, answers = list(components), {}
     for component in components:
@@ -262,7 +266,7 @@ def score_components(components: Iterable[Component], batch: ScoreRequest) -> di
             answers[component.name] = fault
     waiting = [component for component in components if inspect.isawaitable(answers[component.name])]
     if waiting:
-        for component, answer in zip(waiting, asyncio.run(_all(answers[c.name] for c in waiting)), strict=True):
+        for component, answer in zip(waiting, run(_all([answers[c.name] for c in waiting])), strict=True):
             answers[component.name] = component.raised(answer) if isinstance(answer, BaseException) else answer
     return {
         component.name: of_each(answer, batch) if isinstance(answer, RewardFault) else component.place(answer, batch)

@@ -8,12 +8,13 @@ end. It is tried again, at another server where there are several, only after wh
 import asyncio
 import json
 import os
-import threading
+import ssl
 from collections.abc import Awaitable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 from urllib.parse import urlsplit
+from weakref import WeakKeyDictionary
 
 import httpx2 as httpx
 import stamina
@@ -47,7 +48,7 @@ class TransientFault(Exception):
 
 
 class Caller:
-    """Posts bodies to one of several servers, within a deadline, on an event loop of its own with pooled connections.
+    """Posts bodies to one of several servers, within a deadline, over pooled connections.
 
     Options of every component behind a URL:
         servers: more addresses of the same kind; requests go to them in turn, retries to the next.
@@ -75,32 +76,34 @@ class Caller:
         self._timeout_s, self._attempts, self._ca_file = timeout_s, attempts, ca_file
         self._token_file = token_file
         self._turn = 0
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._client: httpx.AsyncClient | None = None
+        # Connections belong to the event loop that opened them.
+        self._clients: WeakKeyDictionary[asyncio.AbstractEventLoop, httpx.AsyncClient] = WeakKeyDictionary()
 
     def setup(self, device: str) -> None:
-        if self._loop is not None:
-            return
-        headers = {"Accept-Encoding": "identity", "User-Agent": "tokenppo"}
-        if token := self._token():
-            headers["Authorization"] = f"Bearer {token}"
-        # Proxies and netrc of the environment would send prompts, and the token, to somebody else.
-        self._client = httpx.AsyncClient(
-            headers=headers,
-            follow_redirects=False,
-            trust_env=False,
-            timeout=httpx.Timeout(self._timeout_s),
-            limits=httpx.Limits(max_connections=MAX_CONNECTIONS, max_keepalive_connections=MAX_CONNECTIONS),
-            verify=_context(self._ca_file),
-        )
-        self._loop = asyncio.new_event_loop()
-        threading.Thread(target=self._loop.run_forever, name="reward-http", daemon=True).start()
+        """A token file or certificates that are not there are found now, before anything is scored."""
+        self._token()
+        ssl.create_default_context(cafile=self._ca_file)
 
-    def close(self) -> None:
-        if self._loop is not None and self._client is not None:
-            asyncio.run_coroutine_threadsafe(self._client.aclose(), self._loop).result(5)
-            self._loop.call_soon_threadsafe(self._loop.stop)
-        self._loop = self._client = None
+    async def close(self) -> None:
+        if client := self._clients.pop(asyncio.get_running_loop(), None):
+            await client.aclose()
+
+    def _client(self) -> httpx.AsyncClient:
+        loop = asyncio.get_running_loop()
+        if loop not in self._clients:
+            headers = {"Accept-Encoding": "identity", "User-Agent": "tokenppo"}
+            if token := self._token():
+                headers["Authorization"] = f"Bearer {token}"
+            # Proxies and netrc of the environment would send prompts, and the token, to somebody else.
+            self._clients[loop] = httpx.AsyncClient(
+                headers=headers,
+                follow_redirects=False,
+                trust_env=False,
+                timeout=httpx.Timeout(self._timeout_s),
+                limits=httpx.Limits(max_connections=MAX_CONNECTIONS, max_keepalive_connections=MAX_CONNECTIONS),
+                verify=ssl.create_default_context(cafile=self._ca_file),
+            )
+        return self._clients[loop]
 
     def _token(self) -> str | None:
         if self._token_file is None:
@@ -109,12 +112,6 @@ class Caller:
 
     async def post(self, path: str, body: bytes, kind: str, most: int) -> tuple[bytes, str]:
         """The body of a 200 and its type, at most `most` bytes. Raises RewardFault with what went wrong last."""
-        self.setup("cpu")
-        assert self._loop is not None
-        future = asyncio.run_coroutine_threadsafe(self._post(path, body, kind, most), self._loop)
-        return await asyncio.wrap_future(future)
-
-    async def _post(self, path: str, body: bytes, kind: str, most: int) -> tuple[bytes, str]:
         last: Exception | None = None
         where = self._urls[0]
         try:
@@ -140,9 +137,8 @@ class Caller:
         raise AssertionError("a retry ended without an answer or an error")
 
     async def _once(self, url: str, body: bytes, kind: str, most: int) -> tuple[bytes, str]:
-        assert self._client is not None
         headers = {"Content-Type": kind, "Accept": kind}
-        async with self._client.stream("POST", url, content=body, headers=headers) as response:
+        async with self._client().stream("POST", url, content=body, headers=headers) as response:
             status = response.status_code
             if status in TRANSIENT:
                 after = response.headers.get("retry-after", "")
@@ -247,12 +243,6 @@ def _checked(url: str) -> str:
     return url.rstrip("/")
 
 
-def _context(ca_file: str | None) -> Any:
-    import ssl
-
-    return ssl.create_default_context(cafile=ca_file)
-
-
 def _wait(error: Exception) -> bool | float:
     """For stamina: whether to try again, or after how many seconds."""
     if isinstance(error, TransientFault) and error.after_s is not None:
@@ -262,14 +252,15 @@ def _wait(error: Exception) -> bool | float:
 
 async def _read(response: httpx.Response, most: int, *, cut: bool = False) -> bytes:
     """The raw body, never more than `most` bytes in memory. Raises RewardFault for a longer one, unless `cut`."""
-    body = bytearray()
+    parts, size = [], 0
     async for part in response.aiter_raw():
-        body += part
-        if len(body) > most:
+        parts.append(part)
+        size += len(part)
+        if size > most:
             if cut:
                 break
             raise RewardFault(f"{response.url}: its answer is longer than {most} bytes")
-    return bytes(body[:most])
+    return b"".join(parts)
 
 
 def _error_in(body: bytes) -> str:

@@ -132,13 +132,6 @@ def create_app(
     async def unfit(_: Request, problem: WireError) -> Response:
         return error(problem.status, str(problem))
 
-    @app.middleware("http")
-    async def counted(request: Request, call_next: Any) -> Response:
-        response = await call_next(request)
-        route = request.scope.get("route")
-        answered[(getattr(route, "path", "other"), response.status_code)] += 1
-        return response
-
     async def body_of(request: Request, *types: str) -> tuple[bytes, str]:
         """The whole body and its type, within limits of type, size and time."""
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -246,26 +239,41 @@ def create_app(
         html = resources.files("reward_server").joinpath("page.html").read_text(encoding="utf-8")
         return HTMLResponse(html, headers={"Content-Security-Policy": PAGE_POLICY, "X-Content-Type-Options": "nosniff"})
 
-    return Guard(app, token, hosts)
+    return Guard(app, answered, token, hosts)
 
 
 class Guard:
-    """Lets in who has the token and asks us by our name; everybody else gets 401 or 421 before anything is read."""
+    """Lets in who has the token and asks us by our name; everybody else gets 401 or 421 before anything is read.
 
-    def __init__(self, app: ASGIApp, token: str | None, hosts: tuple[str, ...]) -> None:
-        self.app, self._token, self._hosts = app, token.encode() if token else None, hosts
+    Counts the answers by path and status.
+    """
+
+    def __init__(
+        self, app: ASGIApp, answered: Counter[tuple[str, int]], token: str | None, hosts: tuple[str, ...]
+    ) -> None:
+        self.app, self._answered = app, answered
+        self._token, self._hosts = token.encode() if token else None, hosts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
-            headers = dict(scope["headers"])
-            host = re.sub(r":\d+$", "", headers.get(b"host", b"").decode("latin-1"))
-            if self._hosts and host not in self._hosts:
-                return await _say(send, 421, "Host: this server has another name")
-            if self._token is not None and scope["path"] not in OPEN:
-                scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
-                if scheme.lower() != b"bearer" or not hmac.compare_digest(given.strip(), self._token):
-                    return await _say(send, 401, "Authorization: wants Bearer and the token of this server")
-        await self.app(scope, receive, send)
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+
+        async def counted(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                # Paths that nobody serves are one: a stranger must not make the table grow.
+                path = getattr(scope.get("route"), "path", "other")
+                self._answered[(path, message["status"])] += 1
+            await send(message)
+
+        headers = dict(scope["headers"])
+        host = re.sub(r":\d+$", "", headers.get(b"host", b"").decode("latin-1"))
+        if self._hosts and host not in self._hosts:
+            return await _say(counted, 421, "Host: this server has another name")
+        if self._token is not None and scope["path"] not in OPEN:
+            scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
+            if scheme.lower() != b"bearer" or not hmac.compare_digest(given.strip(), self._token):
+                return await _say(counted, 401, "Authorization: wants Bearer and the token of this server")
+        await self.app(scope, receive, counted)
 
 
 async def _say(send: Send, status: int, reason: str) -> None:

@@ -1,5 +1,6 @@
 """Scorer: all components of a configuration; the same object behind Ray, HTTP and `tokenppo check-reward`."""
 
+import asyncio
 from collections.abc import Callable, Iterable
 
 from core.faults import RewardFault
@@ -14,6 +15,9 @@ class Scorer:
         Raises UserError for a component that is not there or does not take its options.
         """
         functions = functions or {}
+        # One event loop for its whole life: connections of `async` components stay open from batch to batch.
+        # Not asyncio.Runner: on the main thread it writes out the last answer, rewards and all, to restore SIGINT.
+        self._loop = asyncio.new_event_loop()
         self._components = {
             name: Component(
                 name,
@@ -36,8 +40,9 @@ class Scorer:
     def score(self, request: ScoreRequest, names: Iterable[str] | None = None) -> dict[str, list[Placed | RewardFault]]:
         """Of each component, or of those in `names`: for each sample its raw rewards, or the fault it has instead."""
         wanted = self.names if names is None else names
-        return score_components([self._components[name] for name in wanted], request)
+        return score_components([self._components[name] for name in wanted], request, self._loop.run_until_complete)
 
     def close(self) -> None:
         for component in self._components.values():
-            component.close()
+            component.close(self._loop.run_until_complete)
+        self._loop.close()

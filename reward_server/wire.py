@@ -23,7 +23,11 @@ text in it. Legend: B samples, T response tokens.
 import hashlib
 import json
 import math
+import re
+import sys
+from array import array
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, NoReturn
 
 import numpy as np
@@ -61,9 +65,12 @@ class WireError(ValueError):
         self.status = status
 
 
-def ids_hash(ids: Any) -> str:
+def ids_hash(ids: list[int]) -> str:
     """16 hex digits of the ids as little-endian int64: which tokens an answer is about."""
-    return hashlib.blake2b(np.ascontiguousarray(ids, dtype="<i8").tobytes(), digest_size=8).hexdigest()
+    numbers = array("q", ids)
+    if sys.byteorder == "big":
+        numbers.byteswap()
+    return hashlib.blake2b(numbers, digest_size=8).hexdigest()
 
 
 # ------------------------------------------------------------------------------------------------------------ requests
@@ -85,7 +92,6 @@ def encode_request(request: ScoreRequest, components: list[str], content_type: s
             for i in range(len(request))
         ]
         return json.dumps({"components": components, "samples": samples}).encode()
-    offsets = np.concatenate(request.offsets) if len(request) else np.zeros((0, 2), dtype=np.int64)
     rows = range(len(request))
     columns = [json.dumps({name: values[i] for name, values in request.columns.items()}) for i in rows]
     arrays = {
@@ -94,8 +100,8 @@ def encode_request(request: ScoreRequest, components: list[str], content_type: s
         "prompt_ids": _lists(request.prompt_ids),
         "completion": pa.array([json.dumps(completion) for completion in request.completions], pa.large_string()),
         "completion_ids": _lists(request.completion_ids),
-        "starts": _lists([x[:, 0] for x in request.offsets], offsets[:, 0]),
-        "stops": _lists([x[:, 1] for x in request.offsets], offsets[:, 1]),
+        "starts": _lists([x[:, 0] for x in request.offsets]),
+        "stops": _lists([x[:, 1] for x in request.offsets]),
         "finish_reason": pa.array(request.finish_reasons, pa.string()),
         "columns": pa.array(columns, pa.large_string()),
     }
@@ -105,11 +111,11 @@ def encode_request(request: ScoreRequest, components: list[str], content_type: s
 _REQUEST = {
     "uid": pa.string(),
     "prompt": pa.large_string(),
-    "prompt_ids": pa.large_list(pa.int64()),
+    "prompt_ids": pa.large_list(pa.int32()),
     "completion": pa.large_string(),
-    "completion_ids": pa.large_list(pa.int64()),
-    "starts": pa.large_list(pa.int64()),
-    "stops": pa.large_list(pa.int64()),
+    "completion_ids": pa.large_list(pa.int32()),
+    "starts": pa.large_list(pa.int32()),
+    "stops": pa.large_list(pa.int32()),
     "finish_reason": pa.string(),
     "columns": pa.large_string(),
 }
@@ -173,9 +179,9 @@ def _sample_from_json(sample: Any, i: int) -> dict[str, Any]:
     for name in ("prompt_ids", "completion_ids"):
         whole[name] = _integers(sample[name], f"{here}: {name}")
     pairs = sample["offsets"]
-    if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
+    if not isinstance(pairs, list) or not set(map(type, pairs)) <= {list} or not set(map(len, pairs)) <= {2}:
         raise WireError(f"{here}: offsets: wants a list of [start, end]")
-    flat = _integers([x for pair in pairs for x in pair], f"{here}: offsets")
+    flat = _integers(list(chain.from_iterable(pairs)), f"{here}: offsets")
     return whole | {"offsets": flat.reshape(-1, 2)}
 
 
@@ -196,7 +202,7 @@ def _samples_from_arrow(body: bytes, limits: Limits) -> tuple[list[dict[str, Any
                 "prompt_ids": prompt_ids[i],
                 "completion": strict_json(plain["completion"][i].encode(), limits.depth),
                 "completion_ids": ids[i],
-                "offsets": np.stack([starts[i], stops[i]], axis=1),
+                "offsets": np.column_stack([starts[i], stops[i]]).astype(np.int64),
                 "finish_reason": plain["finish_reason"][i],
                 "columns": strict_json(plain["columns"][i].encode(), limits.depth),
             }
@@ -215,6 +221,7 @@ def _check_sample(sample: dict[str, Any]) -> None:
         raise WireError(f"{here}: finish_reason {str(sample['finish_reason'])[:80]!r}: one of {FINISH_REASONS}")
     if not isinstance(sample["columns"], dict):
         raise WireError(f"{here}: columns: wants an object, got {_kind(sample['columns'])}")
+    _refuse_infinite(sample["columns"], f"{here}: columns")
     taken = {*PASSED, "prompt"} & set(sample["columns"])
     if taken:
         raise WireError(f"{here}: columns: {sorted(taken)[0]} is what every component gets already")
@@ -319,7 +326,9 @@ def decode_answer(
                 refuse(f"{here}{name} has {len(entry)} rewards for {len(ids)} tokens")
             wrong_at = np.flatnonzero(~(np.abs(entry) <= LARGEST))
             if len(wrong_at):
-                refuse(f"{here}{name} has {entry[wrong_at[0]]!r} for token {wrong_at[0]}; at most {LARGEST:g} fits")
+                refuse(
+                    f"{here}{name} has {float(entry[wrong_at[0]])!r} for token {wrong_at[0]}; at most {LARGEST:g} fits"
+                )
     return entries
 
 
@@ -359,11 +368,12 @@ def _entry_from_json(reward: Any, here: str) -> Any:
             raise WireError(f"{here}: applies: false is all it can say, got {str(reward['applies'])[:80]!r}")
         return None
     tokens = reward["tokens"]
-    wrong = [x for x in tokens if type(x) not in (int, float)] if isinstance(tokens, list) else [tokens]
-    if wrong:
+    numbers = isinstance(tokens, list) and set(map(type, tokens)) <= {int, float}
+    if not numbers:
+        wrong = [x for x in tokens if type(x) not in (int, float)] if isinstance(tokens, list) else [tokens]
         raise WireError(f"{here}: tokens: wants a list of numbers, got {str(wrong[0])[:80]!r} ({_kind(wrong[0])})")
     try:
-        return np.array([float(x) for x in tokens], dtype=np.float64)
+        return np.array(tokens, dtype=np.float64)
     except OverflowError:
         raise WireError(f"{here}: tokens: a number is larger than a float64 holds") from None
 
@@ -403,7 +413,7 @@ def _answer_from_arrow(
 
 def strict_json(body: bytes, depth: int) -> Any:
     """JSON as RFC 8259 has it, without what Python's reader also takes: NaN, Infinity, keys given twice, half a
-    surrogate pair, nesting beyond `depth`. Raises WireError (400)."""
+    surrogate pair, nesting beyond `depth`. A number may come out as infinite: 1e999. Raises WireError (400)."""
 
     def refuse_constant(name: str) -> NoReturn:
         raise WireError(f"JSON: {name} is no number", 400)
@@ -418,7 +428,7 @@ def strict_json(body: bytes, depth: int) -> Any:
 
     try:
         text = body.decode("utf-8")
-        if _deepest(text) > depth:
+        if text[:1] != '"' and _deepest(_STRINGS.sub("", text)) > depth:
             raise WireError(f"JSON: nested deeper than {depth}", 400)
         tree = json.loads(text, parse_constant=refuse_constant, object_pairs_hook=pairs)
         if "\\u" in text:
@@ -429,35 +439,21 @@ def strict_json(body: bytes, depth: int) -> Any:
         raise WireError(f"JSON: not valid UTF-8 text ({error.reason})", 400) from None
     except ValueError as error:
         raise WireError(f"JSON: {str(error)[:200]}", 400) from None
-    _refuse_infinite(tree)
     return tree
 
 
-def _deepest(text: str) -> int:
-    """How deep brackets go; those inside strings count too, unless that alone makes it too deep to tell."""
-    if text.count("[") + text.count("{") <= 32:
-        return 0
-    at = deepest = 0
-    in_string = escaped = False
-    for c in text:
-        if in_string:
-            if escaped:
-                escaped = False
-            elif c == "\\":
-                escaped = True
-            elif c == '"':
-                in_string = False
-        elif c == '"':
-            in_string = True
-        elif c in "[{":
-            at += 1
-            deepest = max(deepest, at)
-        elif c in "]}":
-            at -= 1
-    return deepest
+_STRINGS = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 
 
-def _refuse_infinite(tree: Any) -> None:
+def _deepest(bare: str) -> int:
+    """How deep the brackets of a JSON text without its strings go."""
+    signs = np.frombuffer(bare.encode("ascii", "replace"), dtype=np.uint8)
+    opened, closed = (signs == 0x5B) | (signs == 0x7B), (signs == 0x5D) | (signs == 0x7D)
+    steps = (opened.astype(np.int32) - closed.astype(np.int32))[opened | closed]
+    return int(np.cumsum(steps).max(initial=0))
+
+
+def _refuse_infinite(tree: Any, here: str) -> None:
     """1e999 is valid JSON and no number that Python can hold."""
     waiting = [tree]
     while waiting:
@@ -467,7 +463,7 @@ def _refuse_infinite(tree: Any) -> None:
         elif isinstance(value, list):
             waiting.extend(value)
         elif isinstance(value, float) and not math.isfinite(value):
-            raise WireError("JSON: a number is larger than a float64 holds", 400)
+            raise WireError(f"{here}: a number is larger than a float64 holds")
 
 
 def _keys(tree: Any, here: str, wanted: set[str], allowed: set[str]) -> None:
@@ -487,7 +483,7 @@ def _kind(value: Any) -> str:
 def _integers(values: Any, here: str) -> np.ndarray:
     if not isinstance(values, list):
         raise WireError(f"{here}: wants a list, got {_kind(values)}")
-    if any(type(x) is not int for x in values):
+    if not set(map(type, values)) <= {int}:  # bool is a type of its own here
         raise WireError(f"{here}: wants whole numbers")
     try:
         return np.array(values, dtype=np.int64)
@@ -498,13 +494,13 @@ def _integers(values: Any, here: str) -> np.ndarray:
 # --------------------------------------------------------------------------------------------------------------- Arrow
 
 
-def _lists(parts: list[Any], flat: np.ndarray | None = None, dtype: Any = np.int64) -> pa.Array:
+def _lists(parts: list[Any], dtype: Any = np.int32) -> pa.Array:
     """B lists as one Arrow array; the numbers are handed over as one buffer."""
     bounds = np.zeros(len(parts) + 1, dtype=np.int64)
     np.cumsum([len(part) for part in parts], out=bounds[1:])
-    if flat is None:
-        flat = np.concatenate([np.asarray(part, dtype=dtype) for part in parts]) if len(parts) else np.zeros(0, dtype)
-    return pa.LargeListArray.from_arrays(pa.array(bounds), pa.array(np.ascontiguousarray(flat, dtype=dtype)))
+    # array() reads a list twice as fast as numpy does.
+    flat = np.concatenate([np.array(array("q", p) if isinstance(p, list) else p, dtype=dtype) for p in [*parts, []]])
+    return pa.LargeListArray.from_arrays(pa.array(bounds), pa.array(flat))
 
 
 def _stream(arrays: dict[str, pa.Array], metadata: dict[str, str]) -> bytes:

@@ -134,6 +134,7 @@ REQUESTS = {
     "a key twice": (dumps(sample()).replace(b'"uid": "u0"', b'"uid": "u0", "uid": "u9"'), "`uid`|'uid' appears twice"),
     "nested too deep": (dumps(sample(columns={"x": json.loads("[" * 40 + "]" * 40)})), "nested deeper than 32"),
     "nested beyond all stacks": (b"[" * 200_000, "nested deeper than 32"),
+    "nested behind a string that seems to end": (b'["\\\\", "' + b'\\"", ' + b"[" * 100_000, "nested deeper|JSON:"),
     "a list": (b"[]", "wants an object, got a list"),
     "no samples": (dumps({"samples": []}), "there is none"),
     "samples no list": (dumps({"samples": {}}), "samples: wants a list"),
@@ -193,7 +194,7 @@ def arrow(**changes) -> bytes:
 
 
 def compressed() -> bytes:
-    zeros = pa.array([[0] * 3_000_000, [0]], pa.large_list(pa.int64()))
+    zeros = pa.array([[0] * 3_000_000, [0]], pa.large_list(pa.int32()))
     with pa.ipc.open_stream(arrow(prompt_ids=zeros)) as reader:
         batch = reader.read_next_batch()
     out = pa.BufferOutputStream()
@@ -204,7 +205,7 @@ def compressed() -> bytes:
 
 
 def bad_offsets() -> bytes:
-    bounds = np.array([0, 3, 6]).tobytes()
+    bounds = np.array([0, 3, 6], dtype=np.int64).tobytes()
     body = arrow()
     assert bounds in body
     return body.replace(bounds, np.array([0, 3, 10**9]).tobytes())
@@ -219,12 +220,12 @@ ARROW_REQUESTS = {
     "another type": (lambda: arrow(completion_ids=pa.array([[1.0] * 3] * 2)), "wanted is large_list"),
     "a null": (lambda: arrow(uid=pa.array(["u0", None])), "column uid has nulls"),
     "a null in a list": (
-        lambda: arrow(completion_ids=pa.array([[1, None, 2], [1, 2, 3]], pa.large_list(pa.int64()))),
+        lambda: arrow(completion_ids=pa.array([[1, None, 2], [1, 2, 3]], pa.large_list(pa.int32()))),
         "nulls in its lists",
     ),
     "lists that end beyond their numbers": (bad_offsets, "Arrow"),
     "starts without stops": (
-        lambda: arrow(stops=pa.array([[1, 2], [2, 4, 4]], pa.large_list(pa.int64()))),
+        lambda: arrow(stops=pa.array([[1, 2], [2, 4, 4]], pa.large_list(pa.int32()))),
         "3 starts and 2 stops",
     ),
     "a bomb": (compressed, "unpacks to more|at most"),
@@ -261,8 +262,8 @@ def written(tokens: bytes) -> bytes:
 ANSWERS = {
     "NaN": (written(b"[0.0, NaN, 1.0]"), JSON, "NaN is no number"),
     "Infinity": (written(b"[0.0, Infinity, 1.0]"), JSON, "Infinity is no number"),
-    "1e30": (rewards([0, 1e30, 0]), JSON, "sample u1: quality has .*1e.30.* for token 1"),
-    "1e999": (written(b"[0.0, 1e999, 1.0]"), JSON, "float64"),
+    "1e30": (rewards([0, 1e30, 0]), JSON, "sample u1: quality has 1e.30 for token 1"),
+    "1e999": (written(b"[0.0, 1e999, 1.0]"), JSON, "sample u1: quality has inf"),
     "an int of 400 digits": (written(b"[0.0, 1" + b"0" * 400 + b", 1.0]"), JSON, "sample u1: tokens"),
     "too few": (rewards([0.0, 1.0]), JSON, "sample u1: quality has 2 rewards for 3 tokens"),
     "too many": (rewards([0.0] * 4), JSON, "sample u1: quality has 4 rewards for 3 tokens"),
