@@ -4,6 +4,7 @@ import gzip
 import json
 import math
 import re
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -11,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import documented
 from core.faults import RewardFault
 from reward_server.components import Component, ScoreRequest, score_components
 from reward_server.wire import (
@@ -24,6 +26,7 @@ from reward_server.wire import (
     encode_request,
 )
 
+ROOT = Path(__file__).parent.parent
 BOTH = pytest.mark.parametrize("kind", [JSON, ARROW])
 MESSAGES = [{"role": "user", "content": "2+2="}]
 
@@ -339,3 +342,11 @@ def test_an_answer_to_another_request_is_refused(kind):
         decode_answer(body, kind, other, ["quality"])
     with pytest.raises(RewardFault, match="speed|quality"):
         decode_answer(body, kind, request(), ["speed"])
+
+
+def test_the_page_shows_a_request_and_its_answer():
+    asked, answered = documented.blocks(ROOT / "docs" / "reward_http.md", "json")
+    got, names = decode_request(asked.encode(), JSON, ["quality"])
+    assert names == ["quality"]
+    (entry,) = decode_answer(answered.encode(), JSON, got, names)["quality"]
+    assert entry.tolist() == [1, 0, 0]

@@ -30,10 +30,11 @@ SMALL = {
 }
 # What another test runs for real, where more stands around it than a command: the whole demo, a cluster, SLURM's tools.
 RAY_JOB = "tests/e2e/test_templates.py::test_a_ray_job_trains_on_a_cluster_that_was_there"
+HTTP = "tests/e2e/test_reward_http.py"
 ELSEWHERE = {
     r"bash launch/demo\.sh": "tests/e2e/test_learning.py::test_the_demo_learns_to_state_facts_and_to_stop",
     r"docker (build|run|cp) .*": "tests/e2e/test_docker_steps.py::test_the_cpu_image_can_be_made_and_is_well",
-    r"tokenppo serve-reward .*": "tests/e2e/test_reward_http.py::test_cards_are_rewarded_and_trained_over_http_as_in_process",
+    r"tokenppo serve-reward .*": f"{HTTP}::test_cards_are_rewarded_and_trained_over_http_as_in_process",
     r".* sbatch .*slurm\.sh .*": "tests/e2e/test_templates.py::test_the_slurm_script_starts_the_trainer",
     r".* bash launch/templates/ray_job\.sh .*": RAY_JOB,
     r"tokenppo train .* --resources\.ray_address auto": RAY_JOB,
