@@ -149,7 +149,7 @@ def beside_a_long_one(request: ScoreRequest) -> ScoreRequest:
     long = replace(
         row,
         completions=[_with_text(row.completions[0], text * 8)],
-        completion_ids=[ids * 8],
+        completion_ids=[np.tile(ids, 8)],
         offsets=[np.concatenate([offsets + k * len(text) for k in range(8)])],
         uids=["long"],
     )
@@ -182,7 +182,7 @@ def with_another_end(request: ScoreRequest, i: int) -> tuple[int, ScoreRequest |
     return cut, replace(
         row,
         completions=[_with_text(row.completions[0], text[:at] + other[at_other:])],
-        completion_ids=[ids[:cut] + other_ids[cut_other:]],
+        completion_ids=[np.concatenate([ids[:cut], other_ids[cut_other:]])],
         offsets=[np.concatenate([offsets[:cut], other_offsets[cut_other:] - at_other + at])],
         finish_reasons=[request.finish_reasons[j]],
     )

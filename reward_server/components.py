@@ -52,10 +52,10 @@ class ScoreRequest:
 
     Example, one sample:
 
-        prompt_ids      [[17, 10, 17, 28]]  what the policy was given, chat template included
+        prompt_ids      [array([17, 10, 17, 28])]  what the policy was given, chat template included
         prompts         ["2+2="]            or [[{"role": "user", "content": "2+2="}]]
         completions     ["4."]              then [[{"role": "assistant", "content": "4."}]]
-        completion_ids  [[19, 13, 0]]
+        completion_ids  [array([19, 13, 0])]
         offsets         [array([[0, 1], [1, 2], [2, 2]])]
         finish_reasons  ["stop"]
         uids            ["5b2f..."]
@@ -64,8 +64,8 @@ class ScoreRequest:
 
     prompts: list[str | Messages]
     completions: list[str | Messages]
-    prompt_ids: list[list[int]]  # B x [P]
-    completion_ids: list[list[int]]  # B x [T]
+    prompt_ids: list[np.ndarray]  # B x [P] int64
+    completion_ids: list[np.ndarray]  # B x [T] int64; functions get lists
     offsets: list[np.ndarray]  # B x [T, 2] int64 code points of the completion's text
     finish_reasons: list[FinishReason]
     uids: list[str]
@@ -73,6 +73,8 @@ class ScoreRequest:
 
     def __post_init__(self) -> None:
         """Raises UserError for a column with the name of an argument, ValueError for lists of unequal length."""
+        for name in ("prompt_ids", "completion_ids", "offsets"):
+            object.__setattr__(self, name, [_read_only(values) for values in getattr(self, name)])
         for name in self.columns:
             if name in PASSED or name == "prompt":
                 raise UserError(
@@ -99,8 +101,8 @@ class ScoreRequest:
                 text if isinstance(row["prompt"], str) else [{"role": "assistant", "content": text}]
                 for row, text in zip(rows, texts, strict=True)
             ],
-            prompt_ids=[trajectory.request.prompt_ids.tolist() for trajectory in trajectories],
-            completion_ids=[trajectory.response_ids.tolist() for trajectory in trajectories],
+            prompt_ids=[trajectory.request.prompt_ids for trajectory in trajectories],
+            completion_ids=[trajectory.response_ids for trajectory in trajectories],
             offsets=[trajectory.token_offsets for trajectory in trajectories],
             finish_reasons=[trajectory.finish_reason for trajectory in trajectories],
             uids=[trajectory.request.sample_uid for trajectory in trajectories],
@@ -355,13 +357,17 @@ def _parameters(fn: Callable) -> dict[str, inspect.Parameter]:
 def _copied(name: str, values: list[Any]) -> list[Any]:
     """Lists and dicts of an argument anew, arrays read-only, anything else as it is."""
     if name == "offsets":
-        views = [array.view() for array in values]
-        for view in views:
-            view.flags.writeable = False
-        return views
+        return list(values)
     if name == "completion_ids":
-        return [list(ids) for ids in values]
+        return [ids.tolist() for ids in values]
     return _deep(values)
+
+
+def _read_only(values: Any) -> np.ndarray:
+    """As int64, a view that no component can write into: all of them see the same."""
+    array = np.asarray(values, dtype=np.int64).view()
+    array.flags.writeable = False
+    return array
 
 
 def _deep(value: Any) -> Any:

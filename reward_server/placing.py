@@ -69,8 +69,8 @@ def place(
         if len(plain) != tokens:
             raise fault(f"got a list of {len(plain)} entries for {tokens} tokens; {allowed}")
         rewards[:] = plain if is_row else [_number(entry) for entry in plain]
-        wrong = np.flatnonzero(~(np.abs(rewards) <= LARGEST))
-        if len(wrong):
+        if not (np.abs(rewards) <= LARGEST).all():
+            wrong = np.flatnonzero(~(np.abs(rewards) <= LARGEST))
             raise fault(f"got {shown(plain[wrong[0]])} for token {wrong[0]}; {allowed}")
     return rewards, np.ones(tokens, dtype=bool)
 

@@ -143,13 +143,18 @@ class TestComponent:
         entries(Component("vandal", vandal), batch)
         assert batch.prompts == [[{"role": "user", "content": "hi"}]] and batch.columns == {"tags": [["a"]]}
         assert batch.completions == [[{"role": "assistant", "content": "the cat."}]]
-        assert batch.completion_ids == [[5, 6, 7, 0]]
+        assert batch.completion_ids[0].tolist() == [5, 6, 7, 0]
 
         def shift(offsets, **kwargs):
             offsets[0] += 1
 
-        [fault] = score_component(Component("shift", shift), batch)
-        assert "read-only" in str(fault)
+        class Rewrites:
+            def score(self, batch):
+                batch.completion_ids[0][0] = 9
+
+        for fn in (shift, Rewrites):
+            [fault] = score_component(Component("shift", fn), batch)
+            assert "read-only" in str(fault)
 
     def test_a_column_that_is_missing_is_named(self):
         def fn(completions, answr):
@@ -254,7 +259,9 @@ class TestScoreRequest:
         rows = [trajectory("p", k=0, answer="4"), trajectory("q", k=1, level=2)]
         batch = ScoreRequest.from_trajectories(rows, ["the cat.", "the dog."])
         assert batch.prompts == ["p", "q"] and batch.completions == ["the cat.", "the dog."]
-        assert batch.completion_ids == [[5, 6, 7, 0]] * 2 and batch.finish_reasons == ["stop"] * 2
+        assert [ids.tolist() for ids in batch.completion_ids] == [[5, 6, 7, 0]] * 2 and batch.finish_reasons == [
+            "stop"
+        ] * 2
         assert batch.uids == ["u0", "u1"] and len(batch) == 2
         assert batch.columns == {"answer": ["4", None], "level": [None, 2]}
         assert all((offsets == OFFSETS).all() for offsets in batch.offsets)
