@@ -56,12 +56,18 @@ class RewardServer:
         self._batch_size = batch_size
         self._lane, self._queue = threading.Lock(), deque()
         self._tokenizer = load_tokenizer()
-        self._scorer = Scorer(components, functions)
-        self._scorer.setup(device)
+        self._scorer, self._device, self._is_set_up = Scorer(components, functions), device, False
 
     def hello(self) -> int:
-        """Process id; answers once tokenizer and components are loaded."""
+        """Process id; answers once tokenizer and components are loaded. Raises UserError where they cannot be."""
+        self._set_up()
         return os.getpid()
+
+    def _set_up(self) -> None:
+        # Not at birth: what an actor's constructor raises reaches nobody but as text.
+        if not self._is_set_up:
+            self._scorer.setup(self._device)
+            self._is_set_up = True
 
     def close(self) -> None:
         """Have the components let go of what they hold."""
@@ -103,6 +109,7 @@ class RewardServer:
             )
 
     def _score(self, trajectories: list[Trajectory]) -> Scores:
+        self._set_up()
         texts = [
             self._tokenizer.decode(
                 t.response_ids.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False

@@ -64,6 +64,21 @@ run: {steps: 2, save_every: 1}
     return folder
 
 
+def test_a_component_that_cannot_be_set_up_ends_the_run_with_2_and_its_words(folder):
+    (folder / "late.py").write_text(
+        "class Late:\n"
+        "    def setup(self, device):\n        raise OSError('no weights in nowhere')\n"
+        "    def score(self, batch):\n        return [0.0] * len(batch)\n"
+    )
+    run = Run(folder / "runs" / "late", "--reward", f"{folder}/late.py:Late=1", config=folder / "config.yaml")
+    assert run.end(300) == 2, run.words()
+    last = run.words().splitlines()[-1]
+    assert last.startswith("tokenppo: rewards.Late: Late.setup('cpu') raised OSError: no weights in nowhere"), (
+        run.words()
+    )
+    assert "Traceback" not in run.words()
+
+
 def test_a_file_that_nobody_has_seen_is_paid_for_from_the_command_line(folder):
     names = ["trl_style=0.5", "spans=2", "asked_elsewhere=1", "for_some"]
     options = [word for name in names for word in ("--reward", f"{folder}/theirs.py:{name}")]
