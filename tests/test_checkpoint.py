@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 import tiny_models
-from core.faults import StorageFault
+from core.faults import StorageFault, UserError
 from trainer import checkpoint
 from trainer.model import PolicyWithValueHead
 from trainer.ranks import Ranks
@@ -69,3 +69,11 @@ def test_another_error_while_saving_keeps_its_name(tmp_path, learner):
     learner.save_state = lambda folder: (_ for _ in ()).throw(RuntimeError("peer failed to write to its socket"))
     with pytest.raises(RuntimeError, match="socket"):
         checkpoint.save(tmp_path, learner, {}, keep=1)
+
+
+def test_a_checkpoint_of_another_version_is_refused_in_one_line(tmp_path, learner, monkeypatch):
+    checkpoint.save(tmp_path, learner, {}, keep=1)
+    assert checkpoint.latest(tmp_path, print).step == 1
+    monkeypatch.setattr(checkpoint, "FORMAT", checkpoint.FORMAT + 1)
+    with pytest.raises(UserError, match=r"another version .*--run\.name"):
+        checkpoint.latest(tmp_path, print)

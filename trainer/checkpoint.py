@@ -20,14 +20,14 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
-from core.faults import StorageFault
+from core.faults import StorageFault, UserError
 
 if TYPE_CHECKING:
     from trainer.learner import Learner
     from trainer.model import PolicyWithValueHead
 
 VALUE_HEAD_FILE = "value_head.safetensors"
-FORMAT = 1  # of state.json
+FORMAT = 2  # of state.json; 2: multipliers of rewards
 
 
 @dataclass(frozen=True)
@@ -51,13 +51,19 @@ def steps_saved(folder: Path) -> list[int]:
 def latest(folder: Path, note: Callable[[str], None]) -> Checkpoint | None:
     """The latest whole checkpoint; a damaged one is named in a note and passed over. None where there is none.
 
-    Raises StorageFault where there are checkpoints and all are damaged.
+    Raises StorageFault where there are checkpoints and all are damaged, UserError for one of another version.
     """
     steps = steps_saved(folder)
     for step in steps:
         place = folder / f"step-{step}"
         if (damage := damage_of(place)) is None:
-            return Checkpoint(place, json.loads((place / "state.json").read_text(encoding="utf-8")))
+            state = json.loads((place / "state.json").read_text(encoding="utf-8"))
+            if state.get("format") != FORMAT:
+                raise UserError(
+                    f"{place} was written by another version of tokenppo (format {state.get('format')}, this one reads"
+                    f" {FORMAT}); go on with that version, or give another --run.name"
+                )
+            return Checkpoint(place, state)
         note(f"warning: the checkpoint {place} is damaged ({damage}); the one before it is used")
     if steps:
         raise StorageFault(f"{folder}: all {len(steps)} checkpoints are damaged; start under another --run.name")
