@@ -34,6 +34,22 @@ class ModelConfig(Section):
     """The policy to train: a folder that `from_pretrained` loads, or a hub id. Required."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Of the forward passes and of the rollout workers; the learner keeps its parameters in float32."""
+    value: Literal["shared", "shared_detached", "lora", "separate"] = "shared"
+    """Where the value function lives: a head on the policy's trunk; the same without its gradient in the trunk; an
+    adapter of its own on a frozen trunk (with `lora_rank`); a trunk of its own, at first a copy of the policy's."""
+    value_path: str | None = None
+    """Of `value: separate`: a model to start from, e.g. a reward model, whose score head becomes the value head."""
+    reference: Literal["auto", "copy", "adapter", "offload"] = "auto"
+    """Where reference log-probs come from: a frozen copy; the policy without its adapter (auto with `lora_rank`); a
+    copy that waits in host memory between its uses."""
+    lora_rank: int = Field(0, ge=0, le=4096)
+    """Train low-rank adapters of this rank (needs peft) on a frozen model; 0 trains the whole model."""
+    lora_alpha: float | None = Field(None, gt=0)
+    """The adapter counts alpha / rank times; null is the rank, which makes that 1."""
+    lora_targets: list[str] = Field(default_factory=list)
+    """Names of the layers that get adapters, e.g. [q_proj, v_proj]; none named: all linear ones but the output."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them: less memory, a third more time."""
 
 
 class DataConfig(Section):
@@ -151,7 +167,12 @@ class PPOConfig(Section):
     mini_batch_size: int = Field(64, ge=1)
     """Responses per optimizer step, over all ranks; divides `rollout.batch_size`."""
     micro_batch_size: int = Field(8, ge=1)
-    """Responses per forward pass on one rank; no number depends on it but memory and time."""
+    """Most responses per forward pass on one rank; no number depends on it but memory and time."""
+    micro_batch_tokens: int | None = Field(None, ge=1)
+    """Most tokens per forward pass on one rank, prompts that are shared counted once; null: only `micro_batch_size`
+    bounds it. A longer response goes alone."""
+    value_warmup_steps: int = Field(0, ge=0)
+    """First steps in which the value function alone is trained; a shared trunk stays as it is."""
     kl_coef: float = Field(0.02, ge=0)
     """Weight of the KL penalty against the reference in the reward of each token."""
     target_kl: float | None = Field(None, gt=0)
@@ -167,6 +188,8 @@ class PPOConfig(Section):
 class OptimConfig(Section):
     lr: float = Field(1e-6, ge=0)
     """Peak learning rate of AdamW."""
+    value_lr: float | None = Field(None, ge=0)
+    """The same for what the value loss alone trains: its head, and a trunk or adapter of its own; null: `optim.lr`."""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     """Decay to 0 over the optimizer steps of the run."""
     warmup_frac: float = Field(0.0, ge=0, lt=1)
@@ -266,6 +289,12 @@ class Config(Section):
     def optimizer_steps(self) -> int:
         return self.run.steps * self.ppo.ppo_epochs * (self.rollout.batch_size // self.ppo.mini_batch_size)
 
+    @property
+    def reference(self) -> str:
+        """`model.reference` with auto resolved."""
+        chosen, lora = self.model.reference, bool(self.model.lora_rank)
+        return chosen if chosen != "auto" else "adapter" if lora else "copy"
+
     @model_validator(mode="after")
     def _agree(self) -> "Config":
         def refuse(key: str, value: object, remedy: str) -> None:
@@ -282,6 +311,13 @@ class Config(Section):
             refuse(
                 "ppo.kl_horizon", self.ppo.kl_horizon, f"is less than one batch: at least {batch} keeps kl_coef above 0"
             )
+        model = self.model
+        if model.value == "lora" and not model.lora_rank:
+            refuse("model.value", "lora", "is an adapter on a frozen trunk: set model.lora_rank, or take separate")
+        if model.reference == "adapter" and not model.lora_rank:
+            refuse("model.reference", "adapter", "there is none without model.lora_rank; take copy")
+        if model.value_path is not None and model.value != "separate":
+            refuse("model.value_path", model.value_path, f"model.value is {model.value}; set it to separate")
         if not all(0 <= beta < 1 for beta in self.optim.betas):
             refuse("optim.betas", list(self.optim.betas), "both must be at least 0 and less than 1, e.g. [0.9, 0.95]")
         if not self.rewards:

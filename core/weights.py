@@ -3,6 +3,9 @@
 One version is a manifest (names, dtypes, shapes, aliases, buckets, digest) and buckets of raw bytes. A tensor whose
 storage another name shares (tied embeddings) travels once and is written under both names. All-or-nothing: a receiver
 stages every bucket, compares the digest, and only then touches the live model.
+
+An adapter travels without the weights that it is added to: for a layer W two factors, under W's name with LORA_B and
+LORA_A behind it, and the receiver puts W + B A in the place of W, where W is what it loaded from disk.
 """
 
 import hashlib
@@ -12,6 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+
+LORA_A, LORA_B = ".lora_A", ".lora_B"
 
 
 @dataclass(frozen=True, kw_only=True)

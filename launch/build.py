@@ -31,13 +31,13 @@ def model_config(path: str) -> Any:
     return _from_pretrained(AutoConfig, path, "model configuration")
 
 
-def _from_pretrained(kind: Any, path: str, what: str) -> Any:
+def _from_pretrained(kind: Any, path: str, what: str, key: str = "model.path") -> Any:
     try:
         return kind.from_pretrained(path)
     except Exception as error:  # a damaged file raises whatever its parser has, and `tokenizers` a bare Exception
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"model.path = {path}: no {what} loads from it ({reason}); give a folder that save_pretrained wrote, or a"
+            f"{key} = {path}: no {what} loads from it ({reason}); give a folder that save_pretrained wrote, or a"
             " hub id (owner/name) that this machine can reach"
         ) from None
 
@@ -88,6 +88,39 @@ def prompt_streams(
     early.refuse_reserved(eval_rows, cfg.data.prompt_column)
     held_out = make(eval_rows, run_id="eval", seed=EVAL_SEED, shuffle=False, source="data.eval_path")
     return training, held_out
+
+
+def reference_lm(cfg: Config, device: Any) -> Any:
+    """The frozen copy; None where the reference is the policy without its adapter."""
+    from trainer.model import load_causal_lm
+
+    if cfg.reference == "adapter":
+        return None
+    return load_causal_lm(cfg.model.path, "cpu" if cfg.reference == "offload" else device)
+
+
+def critic(cfg: Config, device: Any) -> tuple[Any, Any] | None:
+    """Trunk and [1, H] head of `model.value_path`, a reward model or any other; None without one. Raises UserError."""
+    import torch
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    from core.pretrained import load_causal_lm as load_lm
+
+    path = cfg.model.value_path
+    if path is None:
+        return None
+    config = _from_pretrained(AutoConfig, path, "model configuration", "model.value_path")
+    architecture = (config.architectures or [""])[0]
+    if "ForSequenceClassification" not in architecture:
+        return load_lm(path, torch.float32).base_model.to(device).eval(), None
+    model = _from_pretrained(AutoModelForSequenceClassification, path, "reward model", "model.value_path")
+    score = getattr(model, "score", None)
+    if score is None or score.weight.shape[0] != 1:
+        raise UserError(
+            f"model.value_path = {path}: a reward model has one label and a linear layer `score`, this {architecture}"
+            " has not; give such a one, or a causal language model"
+        )
+    return model.base_model.float().to(device).eval(), score.weight.detach().float().to(device)
 
 
 def shares(cfg: Config, rank: int = 0, n_ranks: int = 1) -> Shares:

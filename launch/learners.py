@@ -61,7 +61,9 @@ def join(cfg: Config, stack: ExitStack, note: Callable[[str], None]) -> tuple[Ac
         raise ProcessFault(f"{world} learner processes did not find each other: {reason}") from None
     if ranks.size != world:
         raise UserError(f"{world} learner processes were launched, Accelerate made {ranks.size} of them: use ddp.yaml")
-    wanted = {DistributedType.DEEPSPEED} if deepspeed else {DistributedType.MULTI_CPU, DistributedType.MULTI_GPU}
+    wanted = {DistributedType.MULTI_CPU, DistributedType.MULTI_GPU}
+    if deepspeed or _flag("ACCELERATE_USE_FSDP"):
+        wanted = {DistributedType.DEEPSPEED if deepspeed else DistributedType.FSDP}
     if (deepspeed or world > 1) and accelerator.distributed_type not in wanted:
         raise UserError(
             f"{world} learner processes were launched as {accelerator.distributed_type.value}, which would not reduce"
@@ -84,7 +86,13 @@ def _refuse(device: str, deepspeed: bool) -> None:
             " use_cpu or MULTI_CPU: take launch/accelerate/ddp.yaml, which works on a CPU too"
         )
     if _flag("ACCELERATE_USE_FSDP"):
-        raise UserError("FSDP: this version trains under ddp.yaml or zero2.yaml; on a CPU FSDP would reduce nothing")
+        if device == "cpu":
+            raise UserError(
+                "FSDP: on a CPU Accelerate leaves the model as it is and no gradient is reduced; take"
+                " launch/accelerate/zero3.yaml, which shards here too, or ddp.yaml"
+            )
+        if os.environ.get("FSDP_VERSION", "1") != "2":
+            raise UserError("fsdp_version in the accelerate file: only version 2; take launch/accelerate/fsdp2.yaml")
     steps = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     if steps not in ("1", "auto"):
         raise UserError(
@@ -96,8 +104,12 @@ def _refuse(device: str, deepspeed: bool) -> None:
         raise UserError(f"{here} learner processes were launched on a machine with {torch.cuda.device_count()} GPUs")
     if deepspeed:
         stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
-        if stage not in ("1", "2"):
-            raise UserError(f"zero_stage = {stage} in the accelerate file: this version trains with 1 or 2")
+        if stage not in ("0", "1", "2", "3"):
+            raise UserError(f"zero_stage = {stage} in the accelerate file: 0, 1, 2 or 3")
+        if _flag("ACCELERATE_DEEPSPEED_ZERO3_INIT"):
+            raise UserError(
+                "zero3_init_flag = true in the accelerate file: models are loaded whole, then sharded; false"
+            )
         for tool in ("g++", "ninja"):
             if device == "cpu" and shutil.which(tool) is None:
                 raise UserError(

@@ -182,8 +182,10 @@ def _train(
         parts.callback(rollouts.close)
         rewards = build.reward_client(cfg, job.inline.functions, note)
         parts.callback(rewards.close)
-        models = [load_causal_lm(cfg.model.path, job.accelerator.device) for _ in range(2)]
-    learner = Learner(cfg, job.accelerator, *models, ranks)
+        lm = load_causal_lm(cfg.model.path, job.accelerator.device)
+        ref_lm = build.reference_lm(cfg, job.accelerator.device)
+        critic = build.critic(cfg, job.accelerator.device)
+    learner = Learner(cfg, job.accelerator, lm, ref_lm, ranks, critic=critic)
     with ranks.together():
         servers = rewards.wait_ready()
         rollouts.wait_ready()
@@ -226,9 +228,10 @@ def _train(
         best = summary["eval"].get("best")
         if step and (best is None or shown["reward/total"] > best["reward/total"]):
             summary["eval"]["best"] = shown
+            whole = learner.whole_policy()
             with ranks.together():
                 if ranks.is_main:
-                    save_pretrained(learner.policy, job.tokenizer, folder / "best")
+                    save_pretrained(learner.policy, whole, job.tokenizer, folder / "best")
 
     def on_step(step: int) -> None:
         summary["steps"] = step
@@ -283,9 +286,10 @@ def _train(
             del tell[1:]
             summary["steps"] = learner.step
             summary["seconds"] |= {phase: round(spent, 3) for phase, spent in log.seconds.items()}
+    whole = learner.whole_policy()
     with ranks.together():
         if ranks.is_main:
-            save_pretrained(learner.policy, job.tokenizer, folder / "final")
+            save_pretrained(learner.policy, whole, job.tokenizer, folder / "final")
     if not ranks.is_main:  # Ray is rank 0's: the others leave it first
         parts.close()
     ranks.gather(None)

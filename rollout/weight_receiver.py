@@ -1,11 +1,13 @@
 """Receive weights described by core.weights into a live model: staged, digest-checked, all-or-nothing."""
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from core.faults import InvariantFault
-from core.weights import WeightManifest, digest, unpack
+from core.weights import LORA_A, LORA_B, WeightManifest, digest, unpack
 
 
 class WeightReceiver:
@@ -16,6 +18,7 @@ class WeightReceiver:
 
     def __init__(self, live: dict[str, Tensor]) -> None:
         self._live = live
+        self._loaded: dict[str, Tensor] = {}  # what an adapter is added to, as it was before the first
         self.version = -1  # of the weights in use; -1: as loaded from disk, never yet synchronised
         self._manifest: WeightManifest | None = None
         self._staged: dict[str, Tensor] = {}
@@ -28,6 +31,8 @@ class WeightReceiver:
             raise self._refuse(f"weights of version {manifest.version} offered, {self.version} is in use")
         offered = {spec.name: spec.shape for spec in manifest.specs}
         expected = {name: tuple(tensor.shape) for name, tensor in self._live.items()}
+        if any(name.endswith((LORA_A, LORA_B)) for name in offered):
+            expected = self._of_adapter(offered)
         if offered != expected:
             wrong = sorted(name for name in offered.keys() | expected if offered.get(name) != expected.get(name))
             raise self._refuse(f"weights of version {manifest.version} do not fit this model at {wrong[:5]}")
@@ -54,16 +59,39 @@ class WeightReceiver:
                 f"weights of version {manifest.version} arrived damaged: digest {received[:12]},"
                 f" sent {manifest.digest[:12]}"
             )
-        for spec in manifest.specs:
-            self._live[spec.name].copy_(self._staged[spec.alias_of or spec.name])
-        for spec in manifest.specs:  # what lies in the live model now, not what arrived; a later name may share storage
-            live = self._live[spec.name]
-            if not torch.equal(live, self._staged[spec.alias_of or spec.name].to(live)):
-                raise InvariantFault(
-                    f"weights of version {manifest.version}: {spec.name} holds other numbers than sent"
-                )
+        arrived = {spec.name: self._staged[spec.alias_of or spec.name] for spec in manifest.specs}
+        for name, tensor in self._to_write(arrived):
+            self._live[name].copy_(tensor)
+        # What lies in the live model now, not what arrived; a later name may share storage.
+        for name, tensor in self._to_write(arrived):
+            if not torch.equal(self._live[name], tensor.to(self._live[name])):
+                raise InvariantFault(f"weights of version {manifest.version}: {name} holds other numbers than sent")
         self.version, self._manifest, self._staged = manifest.version, None, {}
         return received
+
+    def _of_adapter(self, offered: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+        """The names and shapes that an adapter of the offered rank has, beside layers that are here."""
+        expected = {}
+        for name, shape in offered.items():
+            layer = name.removesuffix(LORA_A).removesuffix(LORA_B)
+            if layer in self._live and len(shape) == self._live[layer].ndim == 2:
+                rows, columns = self._live[layer].shape
+                rank = shape[1] if name.endswith(LORA_B) else shape[0]
+                expected |= {layer + LORA_B: (rows, rank), layer + LORA_A: (rank, columns)}
+        return expected
+
+    def _to_write(self, arrived: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Name in the live model -> what shall stand there, one at a time: sums with an adapter are not kept."""
+        for name, tensor in arrived.items():
+            if name.endswith(LORA_B):
+                layer = name.removesuffix(LORA_B)
+                if layer not in self._loaded:
+                    self._loaded[layer] = self._live[layer].clone()
+                loaded = self._loaded[layer]
+                factors = (x.to(loaded.device) for x in (tensor, arrived[layer + LORA_A]))
+                yield layer, loaded.float() + torch.mm(*factors)
+            elif not name.endswith(LORA_A):
+                yield name, tensor
 
     def _refuse(self, reason: str) -> InvariantFault:
         self._refusal = self._refusal or InvariantFault(reason)

@@ -87,7 +87,7 @@ def many(n: int) -> TrainBatch:
 def test_mini_batches_part_the_batch_anew_in_each_epoch():
     batch = many(24)
     parts = [
-        [index.tolist() for index, _ in batch.mini_batches(4, seed=1, step=s, epoch=e, orders=[batch.order])]
+        [index.tolist() for index in batch.mini_batches(4, seed=1, step=s, epoch=e, orders=[batch.order])]
         for s, e in ((1, 0), (1, 1), (2, 0), (1, 0))
     ]
     for minis in parts:
@@ -99,24 +99,17 @@ def test_mini_batches_part_the_batch_anew_in_each_epoch():
 def test_membership_is_a_function_of_the_sample_not_of_the_rank():
     whole = many(24)
     want = [
-        {tuple(whole.order[i]) for i in m}
-        for m, _ in whole.mini_batches(4, seed=1, step=1, epoch=0, orders=[whole.order])
+        {tuple(whole.order[i]) for i in m} for m in whole.mini_batches(4, seed=1, step=1, epoch=0, orders=[whole.order])
     ]
     # Uneven shards, one of them empty.
     shards = [whole.rows(rows) for rows in (np.arange(3, 24), np.arange(3))] + [TrainBatch.collate([], ["a"])]
     orders = [shard.order for shard in shards]
     got: list[set] = [set() for _ in range(4)]
-    fullest: list[list[int]] = []
     for rank, shard in enumerate(shards):
         minis = list(shard.mini_batches(4, seed=1, step=1, epoch=0, orders=orders, rank=rank))
-        for members, (index, _) in zip(got, minis, strict=True):
+        for members, index in zip(got, minis, strict=True):
             members |= {tuple(shard.order[i]) for i in index}
-        fullest.append([most for _, most in minis])
-        assert all(len(index) <= most for index, most in minis)
     assert got == want
-    assert (
-        fullest[0] == fullest[1] == fullest[2] and sum(fullest[0]) >= 21
-    )  # all ranks know how many rows the most have
 
 
 def test_an_idle_row_has_every_field_of_the_batch_and_no_valid_token():
@@ -129,23 +122,27 @@ def test_an_idle_row_has_every_field_of_the_batch_and_no_valid_token():
     assert idle.prompt_lengths.tolist() == [1] and idle.response_lengths.tolist() == [0] and idle.prompt_width == 1
     for field in dataclasses.fields(batch):
         assert (getattr(idle, field.name) is None) == (getattr(batch, field.name) is None), field.name
-    micros = list(batch.micro_batches(np.arange(3), 2, 5))
-    assert [len(m) for m in micros] == [2, 1, 1, 1, 1] and [bool(m.response_mask.any()) for m in micros] == [
-        True,
-        True,
-        False,
-        False,
-        False,
-    ]
 
 
-@pytest.mark.parametrize("size", [1, 5, 24])
-def test_micro_batches_hold_every_row_once(size):
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize(("size", "tokens"), [(1, None), (5, None), (24, None), (24, 30), (5, 12), (24, 1)])
+def test_pieces_hold_every_row_once_within_their_bounds(size, tokens, packed):
     batch = many(24)
-    micros = list(batch.micro_batches(np.arange(3, 20), size))
-    assert sum(len(m) for m in micros) == 17 and max(len(m) for m in micros) <= size
-    assert sorted(tuple(o) for m in micros for o in m.order) == sorted(tuple(o) for o in batch.order[3:20])
-    assert sum(int(m.response_mask.sum()) for m in micros) == int(batch.response_mask[3:20].sum())
+    pieces = batch.pieces(np.arange(3, 20), size, tokens=tokens, packed=packed)
+    assert sorted(i for piece in pieces for i in piece) == list(range(3, 20)) and max(map(len, pieces)) <= size
+    for piece in pieces:
+        n_prompt, n_response = batch.prompt_lengths[piece], batch.response_lengths[piece]
+        cost = int(n_prompt.sum() + n_response.sum()) if packed else len(piece) * int(n_prompt.max() + n_response.max())
+        assert len(piece) == 1 or tokens is None or cost <= tokens
+
+
+def test_pieces_keep_samples_of_one_prompt_together_and_count_it_once():
+    """Prompts of 10 tokens, four samples of 1 token each: 14 tokens for a prompt, so a budget of 28 holds two."""
+    rows = [trajectory(ordinal, [1] * 10, [2], k=k) for k in range(4) for ordinal in range(4)]
+    batch = TrainBatch.collate(rows)
+    pieces = batch.pieces(np.arange(16), 16, tokens=28, packed=True)
+    assert [sorted({int(batch.order[i, 0]) for i in piece}) for piece in pieces] == [[0, 1], [2, 3]]
+    assert [len(p) for p in batch.pieces(np.arange(16), 16, tokens=28)] == [2] * 8
 
 
 def test_every_per_token_field_of_a_trajectory_has_its_length():

@@ -1,17 +1,18 @@
 """The policy with its value head: the one shift between logits and tokens; agreement with the rollout engine."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from policy_reading import WAYS, policy_of, read
 from transformers import AutoModelForCausalLM
 
 import tiny_models
 from core.trajectory import Trajectory
 from rollout.engines.transformers_engine import TransformersEngine
 from trainer.batch import TrainBatch
-from trainer.model import PolicyWithValueHead, run_policy
 
 CARDS_BASE = Path(__file__).parents[1] / "examples" / "cards" / "base"
 
@@ -43,9 +44,8 @@ def trajectories(
 )
 def test_rollout_and_learner_agree_on_every_token(device, name, temperature):
     model, rolled = trajectories(name, temperature, device=device)
-    batch = TrainBatch.collate(rolled).to(torch.device(device))
-    with torch.no_grad():
-        out = run_policy(PolicyWithValueHead(model).eval().to(device), batch, temperature, with_entropy=True)
+    batch = TrainBatch.collate(rolled)
+    out = read(policy_of(model), batch, temperature, device=device)
     difference = torch.where(batch.response_mask, out.logprobs - batch.rollout_logprobs, 0.0).abs()
     assert batch.response_mask.sum() > 60
     assert difference.max() < 1e-5
@@ -56,15 +56,14 @@ def test_rollout_and_learner_agree_on_every_token(device, name, temperature):
 def test_value_and_logprob_of_a_token_see_the_tokens_before_it_and_no_other(name):
     """Change response token t: values up to t, log-probs before t stay; the value after it moves."""
     model, rolled = trajectories(name, 1.0)
-    policy = PolicyWithValueHead(model).eval()
+    policy = policy_of(model)
     torch.nn.init.normal_(policy.value_head.weight)
     batch = TrainBatch.collate([max(rolled, key=len)])
     t, n = 4, batch.response_mask.shape[1]
-    changed = batch.input_ids.clone()
-    changed[0, batch.prompt_width + t] = (changed[0, batch.prompt_width + t] + 1) % tiny_models.VOCABULARY
-    with torch.no_grad():
-        args = (batch.prompt_lengths, batch.response_lengths, n, 1.0)
-        (old_lp, old_v, _), (new_lp, new_v, _) = policy(batch.input_ids, *args), policy(changed, *args)
+    ids = batch.input_ids.clone()
+    ids[0, batch.prompt_width + t] = (ids[0, batch.prompt_width + t] + 1) % tiny_models.VOCABULARY
+    old, new = read(policy, batch, 1.0), read(policy, dataclasses.replace(batch, input_ids=ids), 1.0)
+    old_lp, old_v, new_lp, new_v = old.logprobs, old.values, new.logprobs, new.values
     torch.testing.assert_close(old_v[0, : t + 1], new_v[0, : t + 1], atol=1e-5, rtol=0)
     torch.testing.assert_close(old_lp[0, :t], new_lp[0, :t], atol=1e-5, rtol=0)
     assert abs(old_lp[0, t] - new_lp[0, t]) > 1e-3 and (old_v[0, t + 1] - new_v[0, t + 1]).abs() > 1e-3
@@ -73,35 +72,34 @@ def test_value_and_logprob_of_a_token_see_the_tokens_before_it_and_no_other(name
 
 def test_values_are_not_divided_by_the_temperature():
     model, rolled = trajectories("llama-tied", 1.0)
-    policy = PolicyWithValueHead(model).eval()
+    policy = policy_of(model)
     torch.nn.init.normal_(policy.value_head.weight)
     batch = TrainBatch.collate(rolled)
-    with torch.no_grad():
-        cold, hot = run_policy(policy, batch, 0.5), run_policy(policy, batch, 2.0)
+    cold, hot = read(policy, batch, 0.5), read(policy, batch, 2.0)
     assert torch.equal(cold.values, hot.values) and not torch.equal(cold.logprobs, hot.logprobs)
 
 
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", ["llama-tied", "gpt2"])
-def test_padding_changes_nothing(name):
+def test_padding_changes_nothing(name, way):
     """A row alone, and among rows that are longer on both sides: same log-probs and values."""
     model, rolled = trajectories(name, 1.0)
-    policy = PolicyWithValueHead(model).eval()
+    policy = policy_of(model, way)
     torch.nn.init.normal_(policy.value_head.weight)
     batch = TrainBatch.collate(rolled)
-    with torch.no_grad():
-        together = run_policy(policy, batch, 1.0)
-        for i in range(len(batch)):
-            row = batch.rows(np.array([i]))
-            alone, t = run_policy(policy, row, 1.0), row.response_mask.shape[1]
-            torch.testing.assert_close(alone.logprobs[0], together.logprobs[i, :t], atol=1e-5, rtol=0)
-            torch.testing.assert_close(alone.values[0], together.values[i, : t + 1], atol=1e-4, rtol=0)
+    together = read(policy, batch, 1.0)
+    for i in range(len(batch)):
+        row = batch.rows(np.array([i]))
+        alone, t = read(policy, row, 1.0), row.response_mask.shape[1]
+        torch.testing.assert_close(alone.logprobs[0], together.logprobs[i, :t], atol=1e-5, rtol=0)
+        torch.testing.assert_close(alone.values[0], together.values[i, : t + 1], atol=1e-4, rtol=0)
 
 
 def test_head_starts_at_zero_and_dropout_stays_off():
     model, rolled = trajectories("gpt2", 1.0)
     assert model.config.resid_pdrop > 0
-    policy = PolicyWithValueHead(model).eval()
+    policy = policy_of(model)
     batch = TrainBatch.collate(rolled)
-    first, second = run_policy(policy, batch, 1.0), run_policy(policy, batch, 1.0)
+    first, second = read(policy, batch, 1.0), read(policy, batch, 1.0)
     assert torch.equal(first.logprobs, second.logprobs)
     assert (first.values == 0).all()

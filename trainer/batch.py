@@ -5,7 +5,6 @@ responses on the right, so that response token t stands in column P + t of every
 """
 
 import hashlib
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 
@@ -131,20 +130,10 @@ class TrainBatch:
         assert new_t <= t
         return replace(self, **{f.name: pick(f.name, getattr(self, f.name)) for f in fields(self)})
 
-    def to(self, device: torch.device) -> "TrainBatch":
-        moved = {}
-        for f in fields(self):
-            x = getattr(self, f.name)
-            if isinstance(x, Tensor):
-                moved[f.name] = x.to(device)
-            elif isinstance(x, dict):
-                moved[f.name] = {key: value.to(device) for key, value in x.items()}
-        return replace(self, **moved)
-
     def mini_batches(
         self, n_mini: int, *, seed: int, step: int, epoch: int, orders: list[np.ndarray], rank: int = 0
-    ) -> Iterator[tuple[np.ndarray, int]]:
-        """Row indices of this rank in each mini-batch, and how many rows the fullest rank has in it.
+    ) -> Iterator[np.ndarray]:
+        """Row indices of this rank in each mini-batch.
 
         Membership is a function of (seed, step, epoch, ordinal, k) alone: a hash sorts all samples of all ranks, and
         the sorted list is cut into `n_mini` parts of equal size.
@@ -168,21 +157,41 @@ class TrainBatch:
         )
         for part in np.array_split(np.arange(len(everyone)), n_mini):
             members = [everyone[i][2:] for i in part]
-            most = max(Counter(owner for owner, _ in members).values(), default=0)
-            yield np.array([row for owner, row in members if owner == rank], dtype=np.int64), most
+            yield np.array([row for owner, row in members if owner == rank], dtype=np.int64)
 
-    def micro_batches(self, index: np.ndarray, size: int, n: int | None = None) -> Iterator["TrainBatch"]:
-        """The rows of `index` in pieces of at most `size`, longest together, so that little is padding.
+    def pieces(
+        self, index: np.ndarray, size: int, *, tokens: int | None = None, packed: bool = False
+    ) -> list[np.ndarray]:
+        """`index` in pieces of at most `size` rows and `tokens` tokens. Samples of one prompt stay together.
 
-        `n`: how many pieces there must be, at least those; the rest are `idle`.
+        `packed`: a prompt that several samples of a piece share counts once and nothing is padded; else each row counts
+        with the width of the longest. A row that is too long by itself makes a piece of its own.
         """
-        for piece in self.pieces(index, size):
-            yield self.rows(piece)
-        for _ in range((n or 0) - -(-len(index) // size)):
-            yield self.idle()
-
-    def pieces(self, index: np.ndarray, size: int) -> Iterator[np.ndarray]:
-        """`index` by falling length of its rows, in pieces of at most `size`."""
-        lengths = (self.prompt_lengths + self.response_lengths)[torch.from_numpy(index)].numpy()
-        by_length = index[np.argsort(-lengths, kind="stable")]
-        return (by_length[start : start + size] for start in range(0, len(index), size))
+        n_prompts, n_responses = self.prompt_lengths.numpy(), self.response_lengths.numpy()
+        lengths = n_prompts + n_responses
+        longest: dict[int, int] = {}
+        for row in index.tolist():
+            ordinal = int(self.order[row, 0])
+            longest[ordinal] = max(longest.get(ordinal, 0), int(lengths[row]))
+        by_length = sorted(
+            index.tolist(), key=lambda row: (-longest[o := int(self.order[row, 0])], o, -int(lengths[row]))
+        )
+        pieces: list[list[int]] = []
+        widest_p = widest_r = used = 0
+        seen: set[int] = set()
+        for row in by_length:
+            p, r, ordinal = int(n_prompts[row]), int(n_responses[row]), int(self.order[row, 0])
+            piece = pieces[-1] if pieces else []
+            if packed:
+                cost = used + r + (0 if ordinal in seen else p)
+            else:
+                cost = (len(piece) + 1) * (max(widest_p, p) + max(widest_r, r))
+            if not piece or len(piece) == size or (tokens is not None and cost > tokens):
+                pieces.append([])
+                widest_p = widest_r = used = 0
+                seen = set()
+                cost = p + r
+            pieces[-1].append(row)
+            widest_p, widest_r, used = max(widest_p, p), max(widest_r, r), cost
+            seen.add(ordinal)
+        return [np.array(piece, dtype=np.int64) for piece in pieces]

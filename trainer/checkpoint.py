@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from core.faults import StorageFault, UserError
 
 if TYPE_CHECKING:
+    from trainer.engine_weights import PolicyWeights
     from trainer.learner import Learner
     from trainer.model import PolicyWithValueHead
 
@@ -145,19 +146,28 @@ def _flush(folder: Path, *, deep: bool = True) -> None:
             os.close(descriptor)
 
 
-def save_pretrained(policy: "PolicyWithValueHead", tokenizer: Any, folder: Path) -> None:
-    """The causal LM, its tokenizer and the value head beside, as `from_pretrained` loads them; whole or not at all."""
+def save_pretrained(policy: "PolicyWithValueHead", weights: "PolicyWeights", tokenizer: Any, folder: Path) -> None:
+    """The causal LM, its tokenizer and the value head beside, as `from_pretrained` loads them; whole or not at all.
+
+    An adapter is merged into the LM, and in `adapter/` by itself too, as peft loads it.
+    """
     from safetensors.torch import save_file
+
+    from trainer import adapters
 
     fresh, old = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
     with _storage(folder):
         for leftover in (fresh, old):
             shutil.rmtree(leftover, ignore_errors=True)
         fresh.mkdir(parents=True)
-        policy.lm.save_pretrained(fresh)
+        policy.lm.save_pretrained(fresh, state_dict=weights.lm)
         tokenizer.save_pretrained(fresh)
-        save_file({name: x.contiguous() for name, x in policy.value_head.state_dict().items()}, fresh / VALUE_HEAD_FILE)
-        for file in fresh.iterdir():  # safetensors leaves 0600, which a colleague's job could not read
+        save_file({name: x.cpu().contiguous() for name, x in weights.value.items()}, fresh / VALUE_HEAD_FILE)
+        if weights.adapter:
+            adapters.save_adapter(weights.adapter, policy.config, fresh / "adapter")
+        for file in (
+            p for p in fresh.rglob("*") if p.is_file()
+        ):  # safetensors leaves 0600, which a colleague's job could not read
             file.chmod(0o644)
         if folder.exists():
             os.replace(folder, old)

@@ -5,30 +5,35 @@
 
 The denominator of both losses is the number of valid tokens of the whole optimizer step, over all micro-batches and
 ranks; DDP and DeepSpeed average gradients over ranks, so each micro-loss is multiplied by the number of ranks.
+
+A forward or backward of a wrapped engine may be a collective. So all ranks run as many micro-batches as the one with
+the most, which is counted before the first; a rank that has none left passes one row of weight zero.
 """
 
 import hashlib
-import logging
 import math
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from core.faults import InvariantFault, UserError
-from core.logprobs import logprobs_from_logits
 from core.metrics import Sums
 from core.schema import Config
-from core.weights import Probe, named_tensors
-from trainer import ppo
+from core.weights import Probe
+from trainer import engine_weights, ppo
 from trainer.batch import TrainBatch
-from trainer.model import CausalForward, PolicyWithValueHead, run_policy
+from trainer.engine_weights import PolicyWeights
+from trainer.fused_head import accumulate
+from trainer.model import Inputs, PolicyWithValueHead, Reference, inputs_of
+from trainer.packing import pack
 from trainer.ranks import Ranks
 
 # Limits of numbers that must be equal, by the dtype of the forward passes. fp32: the difference of rollout and learner
@@ -39,47 +44,81 @@ TOLERANCES = {
 }
 
 
+@dataclass(frozen=True)
+class _MiniBatch:
+    """What one optimizer step of this rank consists of."""
+
+    pieces: list[np.ndarray]  # rows of each micro-batch; may be fewer than `n_micro`
+    n_micro: int  # micro-batches of the rank that has the most
+    n_valid: float  # valid tokens over all ranks
+
+
 class Learner:
     def __init__(
         self,
         cfg: Config,
         accelerator: Accelerator,
         lm: PreTrainedModel,
-        ref_lm: PreTrainedModel,
+        ref_lm: PreTrainedModel | None,
         ranks: Ranks | None = None,
+        *,
+        critic: tuple[nn.Module, Tensor | None] | None = None,
     ) -> None:
-        """`lm` is trained, `ref_lm` (the same weights) is frozen. `ranks`: the processes of the job; None for one.
+        """
+        Args:
+            lm: is trained.
+            ref_lm: the same weights, frozen; None where the reference is the policy without its adapter.
+            ranks: the processes of the job; None for one.
+            critic: of `model.value_path`: a trunk and the [1, H] head to start from, if it has one.
 
         Raises UserError for a launch in which the gradients of several processes would not be reduced.
         """
         self.cfg, self._accelerator, self.ranks = cfg, accelerator, ranks or Ranks()
         self.device = accelerator.device
         self._limits = TOLERANCES[cfg.model.dtype]
-        dtype = getattr(torch, cfg.model.dtype)
-        self.policy = PolicyWithValueHead(lm, dtype).eval()  # eval for good: dropout would move the ratios off 1
-        self._ref = CausalForward(ref_lm.to(self.device).eval().requires_grad_(False), dtype)
-        optim = cfg.optim
-        adamw = torch.optim.AdamW(
-            self.policy.parameters(), lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay
-        )
+        trunk, head = critic or (None, None)
+        # eval for good: dropout would move the ratios off 1
+        self.policy = PolicyWithValueHead(lm, cfg.model, critic=trunk, head=head).eval()
+        self._ref = Reference(cfg.model, self.policy, ref_lm if cfg.reference != "adapter" else None)
         self._sharded = accelerator.distributed_type == DistributedType.DEEPSPEED
         if self._sharded:
             accelerator.state.deepspeed_plugin.deepspeed_config.update(
                 train_micro_batch_size_per_gpu=cfg.ppo.micro_batch_size,
                 train_batch_size=cfg.ppo.micro_batch_size * self.ranks.size,
-                gradient_clipping=optim.max_grad_norm,
+                gradient_clipping=cfg.optim.max_grad_norm,
             )
-        self._engine, self._optimizer = accelerator.prepare(self.policy, adamw)
-        if self.ranks.size > 1 and self._engine is self.policy:
+        self._engine, self._optimizer = accelerator.prepare(self.policy, self._adamw())
+        if self.ranks.size > 1 and self._engine is self.policy and not engine_weights.is_sharded(self.policy):
             raise UserError(
                 f"{self.ranks.size} learner processes were launched as {accelerator.distributed_type.value}: each would"
                 " train on its own and never reduce gradients; use launch/accelerate/ddp.yaml or zero2.yaml"
             )
         self._engine.eval()
+        if cfg.model.gradient_checkpointing:
+            self.policy.checkpoint_activations()
         self._last_lr = 0.0
         self._ranks_agree = self.ranks.size == 1  # equal parameters after a first step of this process were seen
         self.step = 0  # PPO updates that are done
         self._optimizer_steps = 0  # that are done
+
+    def _adamw(self) -> torch.optim.AdamW:
+        optim = self.cfg.optim
+        of_value = {id(p) for p in self.policy.value_parameters()}
+        trained = [p for p in self.policy.parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for p in trained if id(p) not in of_value], "peak_lr": optim.lr},
+            {
+                "params": [p for p in trained if id(p) in of_value],
+                "peak_lr": optim.lr if optim.value_lr is None else optim.value_lr,
+            },
+        ]
+        return torch.optim.AdamW(
+            groups,
+            lr=optim.lr,
+            betas=optim.betas,
+            weight_decay=optim.weight_decay,
+            fused=self.device.type in ("cpu", "cuda"),
+        )
 
     def _lr_factor(self, optimizer_step: int) -> float:
         total, optim = self.cfg.optimizer_steps, self.cfg.optim
@@ -91,6 +130,10 @@ class Learner:
             optim.schedule
         ]
 
+    def _pieces(self, batch: TrainBatch, index: np.ndarray) -> list[np.ndarray]:
+        cfg, packed = self.cfg.ppo, self.policy.reader.packed
+        return batch.pieces(index, cfg.micro_batch_size, tokens=cfg.micro_batch_tokens, packed=packed)
+
     @torch.no_grad()
     def annotate(self, batch: TrainBatch) -> tuple[TrainBatch, dict[str, float]]:
         """Fill old_logprobs, ref_logprobs, values and bootstrap_values ([B, T], [B, T], [B, T], [B]).
@@ -99,36 +142,38 @@ class Learner:
         logprob_diff/{mean,max}. Raises InvariantFault (with `run.checks`) if workers and learner disagree on the
         log-probs, or policy and reference before the first update.
         """
-        shape = batch.response_mask.shape
-        old, ref, values = (torch.zeros(shape) for _ in range(3))
-        entropy, after = torch.zeros(shape), torch.zeros(shape[0])
-        for rows, micro in self._equal_pieces(batch):
-            micro = micro.to(self.device)
-            t = micro.response_mask.shape[1]
-            out = run_policy(self._engine, micro, self.cfg.rollout.temperature, with_entropy=True)
-            if rows is None:
-                continue
-            logits, _ = self._ref(micro.input_ids, micro.prompt_lengths, micro.response_lengths, t)
-            ref_logprobs = logprobs_from_logits(logits, micro.input_ids[:, -t:], self.cfg.rollout.temperature)
-            at = torch.from_numpy(rows)
-            old[at, :t], ref[at, :t] = out.logprobs.float().cpu(), ref_logprobs.float().cpu()
-            values[at, :t], entropy[at, :t] = out.values[:, :-1].float().cpu(), out.entropy.float().cpu()
-            after[at] = out.values.gather(1, micro.response_lengths[:, None]).squeeze(1).float().cpu()
-        mask = batch.response_mask
-        old, ref, values, entropy = (torch.where(mask, x, 0.0) for x in (old, ref, values, entropy))
+        mask, dtype = batch.response_mask, self.policy.value_head.weight.dtype
+        old, ref, values, entropy = (torch.zeros(mask.shape, dtype=dtype) for _ in range(4))
+        after = torch.zeros(len(batch), dtype=dtype)
+        with self._ref.on(self.device):
+            for rows, micro, inputs in self._equal_pieces(batch):
+                of_tokens, of_states, of_entropy, _ = self._engine(inputs, self.cfg.rollout.temperature)
+                of_ref = self._ref.score(self._for_reference(micro, inputs), self.cfg.rollout.temperature)
+                if rows is None:
+                    continue
+                row, column = micro.response_mask.nonzero(as_tuple=True)
+                at = torch.from_numpy(rows)[row], column
+                m = len(row)
+                old[at], ref[at] = of_tokens.to("cpu", dtype), of_ref.to("cpu", dtype)
+                values[at], entropy[at] = of_states[:m].to("cpu", dtype), of_entropy.to("cpu", dtype)
+                after[torch.from_numpy(rows)] = of_states[m:].to("cpu", dtype)
         bootstrap = torch.where(batch.cut, after, 0.0) if self.cfg.ppo.bootstrap_cut else torch.zeros_like(after)
         filled = batch.fill(old_logprobs=old, ref_logprobs=ref, values=values, bootstrap_values=bootstrap)
         return filled, self._compare(filled, entropy)
 
-    def _equal_pieces(self, batch: TrainBatch) -> Iterator[tuple[np.ndarray | None, TrainBatch]]:
-        """Micro-batches of all rows, as many on every rank: a forward of a wrapped engine may be a collective."""
-        size = self.cfg.ppo.micro_batch_size
-        pieces = list(batch.pieces(np.arange(len(batch)), size))
+    def _for_reference(self, micro: TrainBatch, inputs: Inputs) -> Inputs:
+        """The same rows in the form in which the reference is read."""
+        if self._ref.packed == (inputs.packed is not None):
+            return inputs
+        return inputs_of(micro, self.device, packed=self._ref.packed)
+
+    def _equal_pieces(self, batch: TrainBatch) -> Iterator[tuple[np.ndarray | None, TrainBatch, Inputs]]:
+        """Micro-batches of all rows, as many on every rank."""
+        pieces = self._pieces(batch, np.arange(len(batch)))
         most = int(self.ranks.max(len(pieces)))  # before the first forward: nobody may wait here while another forwards
-        for rows in pieces:
-            yield rows, batch.rows(rows)
-        for _ in range(most - len(pieces)):
-            yield None, batch.idle()
+        for rows in [*pieces, *[None] * (most - len(pieces))]:
+            micro = batch.idle() if rows is None else batch.rows(rows)
+            yield rows, micro, inputs_of(micro, self.device, packed=self.policy.reader.packed)
 
     def _compare(self, batch: TrainBatch, entropy: Tensor) -> dict[str, float]:
         mask, sums = batch.response_mask, Sums()
@@ -165,20 +210,10 @@ class Learner:
         Raises InvariantFault on a non-finite loss or gradient, and (with `run.checks`) if the ratios of the first
         mini-batch are not 1.
         """
-        cfg, sums, norms = self.cfg.ppo, Sums(), []
-        n_mini = self.cfg.rollout.batch_size // cfg.mini_batch_size
-        orders = self.ranks.gather(batch.order)
-        for epoch in range(cfg.ppo_epochs):
-            minis = batch.mini_batches(
-                n_mini,
-                seed=self.cfg.run.seed,
-                step=self.step + 1,
-                epoch=epoch,
-                orders=orders,
-                rank=self.ranks.index,
-            )
-            for index, (rows, most) in enumerate(minis):
-                norms.append(self._optimizer_step(batch, rows, most, sums, first=epoch == index == 0))
+        sums, norms = Sums(), []
+        for epoch in range(self.cfg.ppo.ppo_epochs):
+            for index, mini in enumerate(self._mini_batches(batch, epoch)):
+                norms.append(self._optimizer_step(batch, mini, sums, first=epoch == index == 0))
         if self.cfg.run.checks and not self._ranks_agree:
             self._compare_ranks()
         self.step += 1
@@ -187,24 +222,40 @@ class Learner:
         ev = ppo.explained_variance(batch.values, batch.returns, batch.response_mask, all_reduce=self.ranks.sum)
         return means | {"value/explained_variance": ev}
 
-    def _optimizer_step(self, batch: TrainBatch, rows: np.ndarray, most: int, sums: Sums, *, first: bool) -> float:
-        """One optimizer step on this rank's `rows` (the fullest rank has `most`); the gradient norm before clipping."""
-        n_valid = self.ranks.sum(batch.response_mask[torch.from_numpy(rows)].sum().double().reshape(1)).clamp(min=1)
-        size = self.cfg.ppo.micro_batch_size
-        micros = list(batch.micro_batches(rows, size, max(1, -(-most // size))))
-        self._last_lr = self.cfg.optim.lr * self._lr_factor(self._optimizer_steps)
+    def _mini_batches(self, batch: TrainBatch, epoch: int) -> list[_MiniBatch]:
+        """The optimizer steps of one epoch, counted over all ranks before the first of them."""
+        minis = batch.mini_batches(
+            self.cfg.rollout.batch_size // self.cfg.ppo.mini_batch_size,
+            seed=self.cfg.run.seed,
+            step=self.step + 1,
+            epoch=epoch,
+            orders=self.ranks.gather(batch.order),
+            rank=self.ranks.index,
+        )
+        rows_of = list(minis)
+        pieces = [self._pieces(batch, rows) for rows in rows_of]
+        tokens = [int(batch.response_mask[torch.from_numpy(rows)].sum()) for rows in rows_of]
+        counts = self.ranks.gather([(len(p), n) for p, n in zip(pieces, tokens, strict=True)])
+        return [
+            _MiniBatch(mine, max(1, *(n for n, _ in of_ranks)), max(1.0, float(sum(n for _, n in of_ranks))))
+            for mine, *of_ranks in zip(pieces, *counts, strict=True)
+        ]
+
+    def _optimizer_step(self, batch: TrainBatch, mini: _MiniBatch, sums: Sums, *, first: bool) -> float:
+        """One optimizer step on this rank's rows; the gradient norm before clipping."""
+        factor = self._lr_factor(self._optimizer_steps)
+        self._last_lr = self.cfg.optim.lr * factor
         for group in self._optimizer.param_groups:
-            group["lr"] = self._last_lr
-        losses, ratio_errors = [], []
-        for i, micro in enumerate(micros):
-            last = i == len(micros) - 1
+            group["lr"] = group["peak_lr"] * factor
+        totals: dict[str, Tensor] = {}
+        for i, rows in enumerate([*mini.pieces, *[None] * (mini.n_micro - len(mini.pieces))]):
+            micro = batch.idle() if rows is None else batch.rows(rows)
+            last = i == mini.n_micro - 1
             self._accelerator.gradient_state._set_sync_gradients(last)
             with nullcontext() if last else self._accelerator.no_sync(self._engine):
-                loss, ratio_error = self._micro_loss(micro.to(self.device), float(n_valid), sums)
-                losses.append(loss.item())
-                ratio_errors.append(ratio_error)
+                loss = self._micro_loss(micro, mini.n_valid, totals)
                 if last:  # DeepSpeed takes its step inside the last backward
-                    self._check_losses(losses, ratio_errors, first)
+                    self._check_losses(totals, first)
                 self._accelerator.backward(loss * self.ranks.size)
         norm = self._accelerator.clip_grad_norm_(self._engine.parameters(), self.cfg.optim.max_grad_norm)
         if norm is not None and not 0 <= norm < math.inf:  # DeepSpeed says -1 where it met a NaN
@@ -213,11 +264,15 @@ class Learner:
         self._optimizer.step()
         self._optimizer.zero_grad()
         self._optimizer_steps += 1
+        n = float(totals["tokens"])
+        for name, total in totals.items():
+            if "/" in name and not name.startswith("max/"):
+                sums.add(name, float(total), n)
         return float(norm) if norm is not None else 0.0
 
-    def _check_losses(self, losses: list[float], ratio_errors: list[float], first: bool) -> None:
+    def _check_losses(self, totals: dict[str, Tensor], first: bool) -> None:
         """Raise InvariantFault, on all ranks at once, for a loss that is no number or a first ratio off 1."""
-        loss, ratio_error = (self.ranks.max(_largest(torch.tensor(x).abs())) for x in (losses, ratio_errors))
+        loss, ratio_error = self.ranks.gather_max([float(totals["max/loss"]), float(totals["max/ratio_error"])])
         if not math.isfinite(loss):
             raise InvariantFault(f"step {self.step + 1}: the loss is {loss}; the weights are as before it")
         if first and self.cfg.run.checks and not ratio_error <= self._limits["ratio"]:
@@ -229,7 +284,7 @@ class Learner:
     def _compare_ranks(self) -> None:
         """Raise InvariantFault if ranks hold other parameters than this one after their first step together."""
         h = hashlib.blake2b(digest_size=16)
-        for name, x in self.policy.named_parameters():
+        for name, x in engine_weights.whole_parameters(self.policy):
             h.update(name.encode())
             h.update(x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
         digests = self.ranks.gather(h.hexdigest())
@@ -240,87 +295,124 @@ class Learner:
             )
         self._ranks_agree = True
 
-    def _micro_loss(self, micro: TrainBatch, n_valid: float, sums: Sums) -> tuple[Tensor, float]:
-        """The share of one micro-batch in the loss of its optimizer step, and max |ratio - 1| over its tokens."""
+    def _micro_loss(self, micro: TrainBatch, n_valid: float, totals: dict[str, Tensor]) -> Tensor:
+        """The share of one micro-batch in the loss of its optimizer step; what is logged of it is added to `totals`."""
         cfg, mask = self.cfg.ppo, micro.response_mask
-        out = run_policy(self._engine, micro, self.cfg.rollout.temperature, with_entropy=cfg.entropy_coef > 0)
-        pg_loss, pg_stats = ppo.policy_loss(
-            out.logprobs,
-            micro.old_logprobs,
-            micro.advantages,
-            mask,
-            cliprange=cfg.cliprange,
-            cliprange_high=cfg.cliprange_high,
-            dual_clip=cfg.dual_clip,
-            normalizer=n_valid,
+        warming = self.step < cfg.value_warmup_steps
+
+        def flat(x: Tensor) -> Tensor:
+            return x[mask].to(self.device)
+
+        old, advantages, returns, old_values = map(
+            flat, (micro.old_logprobs, micro.advantages, micro.returns, micro.values)
         )
+        every = torch.ones_like(old, dtype=torch.bool)
+
+        def token_loss(logprobs: Tensor, entropy: Tensor | None, at: slice) -> tuple[Tensor, dict[str, Tensor]]:
+            loss, stats = ppo.policy_loss(
+                logprobs,
+                old[at],
+                advantages[at],
+                every[at],
+                cliprange=cfg.cliprange,
+                cliprange_high=cfg.cliprange_high,
+                dual_clip=cfg.dual_clip,
+                normalizer=n_valid,
+            )
+            n = len(logprobs)
+            of_chunk = {f"ppo/{k}": stats[k] * n for k in ("approx_kl", "pg_clipfrac", "ratio_mean")}
+            of_chunk["loss/policy"] = loss.detach() * n_valid
+            off = (logprobs.detach() - old[at]).exp().sub(1).abs()
+            of_chunk["max/ratio_error"] = off.max() if n else off.new_zeros(())
+            if entropy is not None:
+                loss = loss - cfg.entropy_coef * entropy.sum() / n_valid
+            return loss * 0.0 if warming else loss, of_chunk
+
+        inputs = inputs_of(micro, self.device, packed=self.policy.reader.packed)
+        pg_loss, values, _, of_tokens = self._engine(
+            inputs,
+            self.cfg.rollout.temperature,
+            token_loss,
+            with_entropy=cfg.entropy_coef > 0,
+            value_only=warming,
+        )
+        m = len(old)
         vf_loss, vf_stats = ppo.value_loss(
-            out.values[:, :-1],
-            micro.values,
-            micro.returns,
-            mask,
-            cliprange_value=cfg.cliprange_value,
-            normalizer=n_valid,
+            values[:m], old_values, returns, every, cliprange_value=cfg.cliprange_value, normalizer=n_valid
         )
         loss = pg_loss + cfg.vf_coef * vf_loss
-        if out.entropy is not None:
-            loss = loss - cfg.entropy_coef * torch.where(mask, out.entropy, 0.0).sum() / n_valid
-        tokens = float(mask.sum())
-        sums.add("loss/policy", pg_loss.item() * n_valid, tokens)
-        sums.add("loss/value", vf_loss.item() * n_valid, tokens)
-        for name in ("approx_kl", "pg_clipfrac", "ratio_mean"):
-            sums.add(f"ppo/{name}", float(pg_stats[name]) * tokens, tokens)
-        sums.add("ppo/vf_clipfrac", float(vf_stats["vf_clipfrac"]) * tokens, tokens)
-        with torch.no_grad():
-            ratio_error = _largest(torch.where(mask, out.logprobs - micro.old_logprobs, 0.0).exp().sub(1).abs())
-        return loss, ratio_error
+        empty = torch.zeros((), device=self.device)
+        accumulate(
+            totals,
+            {
+                "tokens": empty + m,
+                "loss/policy": empty,
+                "max/ratio_error": empty,
+                **{f"ppo/{k}": empty for k in ("approx_kl", "pg_clipfrac", "ratio_mean")},
+            },
+        )
+        accumulate(totals, of_tokens)
+        accumulate(
+            totals,
+            {
+                "loss/value": vf_loss * n_valid,
+                "ppo/vf_clipfrac": vf_stats["vf_clipfrac"] * m,
+                "max/loss": loss.detach().abs(),  # torch.maximum keeps a NaN
+            },
+        )
+        return loss
 
     @property
     def probe_tolerance(self) -> float:
         return self._limits["probe"] if self.cfg.run.checks else math.inf
 
     def export_weights(self) -> dict[str, Tensor]:
-        """Every tensor of the causal LM by its name in transformers, in the dtype of the workers; no value head."""
-        dtype, parameters = getattr(torch, self.cfg.model.dtype), dict(self.policy.lm.named_parameters())
-        cast: dict[int, Tensor] = {}  # one copy per storage, so that tied tensors stay tied
-        tensors = named_tensors(self.policy.lm)
-        storages = {tensor.data_ptr() for tensor in parameters.values()}
-        return {
-            # Buffers keep their dtype: from_pretrained casts parameters only, and rotary frequencies want float32.
-            name: cast.setdefault(x.data_ptr(), x.to(dtype)) if x.data_ptr() in storages else x
-            for name, x in tensors.items()
-        }
+        """What the workers need: every tensor of the causal LM by its name in transformers, in their dtype; of a policy
+        that is an adapter on weights that they have, the adapter. No value head. All ranks call it to gather shards.
+        """
+        if self.cfg.model.lora_rank:
+            return engine_weights.export_adapter(self.policy.lm)
+        return engine_weights.export(self.policy.lm, getattr(torch, self.cfg.model.dtype))
+
+    def whole_policy(self) -> PolicyWeights:
+        """The policy as it goes to disk, in float32. All ranks call it: shards are gathered."""
+        return engine_weights.whole_policy(self.policy)
 
     @torch.no_grad()
     def probe_logprobs(self, probe: Probe) -> np.ndarray:
         """[1, T] float32 log-probs of the fixed response under the policy, as a worker must compute them."""
-        ids, lengths, n = self._probe_input(probe)
-        out = self._engine(ids, *lengths, n, self.cfg.rollout.temperature)
-        return out[0].float().cpu().numpy()
+        logprobs, *_ = self._engine(self._probe_input(probe, self.policy.reader.packed), self.cfg.rollout.temperature)
+        return logprobs[None].float().cpu().numpy()
 
     @torch.no_grad()
     def reference_logprobs(self, probe: Probe) -> np.ndarray:
         """[1, T] float32, the same under the frozen reference: which model it is, at the cost of one forward."""
-        ids, lengths, n = self._probe_input(probe)
-        logits, _ = self._ref(ids, *lengths, n)
-        return logprobs_from_logits(logits, ids[:, -n:], self.cfg.rollout.temperature).float().cpu().numpy()
+        with self._ref.on(self.device):
+            logprobs = self._ref.score(self._probe_input(probe, self._ref.packed), self.cfg.rollout.temperature)
+        return logprobs[None].float().cpu().numpy()
 
-    def _probe_input(self, probe: Probe) -> tuple[Tensor, tuple[Tensor, Tensor], int]:
-        ids = torch.from_numpy(np.concatenate([probe.prompt_ids, probe.response_ids], axis=1)).to(self.device)
-        n_prompt, n = probe.prompt_ids.shape[1], probe.response_ids.shape[1]
-        return ids, tuple(torch.tensor([x], device=self.device) for x in (n_prompt, n)), n
+    def _probe_input(self, probe: Probe, packed: bool) -> Inputs:
+        ids = torch.from_numpy(np.concatenate([probe.prompt_ids, probe.response_ids], axis=1))
+        lengths = [torch.tensor([x.shape[1]]) for x in (probe.prompt_ids, probe.response_ids)]
+        mask = torch.ones(1, probe.response_ids.shape[1], dtype=torch.bool)
+        return Inputs(
+            packed=pack(ids, *lengths, mask, np.zeros(1), self.device) if packed else None,
+            input_ids=ids.to(self.device),
+            prompt_lengths=lengths[0].to(self.device),
+            response_lengths=lengths[1].to(self.device),
+            mask=mask.to(self.device),
+        )
 
     def save_state(self, folder: Path) -> None:
-        """What the next step depends on here: parameters, AdamW, RNG. All ranks call it; each writes its own.
+        """What the next step depends on here: trained parameters, AdamW, RNG. All ranks call it; each writes its own.
 
         The learning rate is a function of the number of steps, which `load_state` is told.
         """
-        logging.getLogger("accelerate").setLevel(logging.ERROR)  # a line for each tied tensor that is saved once
-        self._accelerator.save_state(str(folder))
+        engine_weights.save_state(self._accelerator, self.policy, folder)
 
     def load_state(self, folder: Path, *, step: int) -> None:
         """Put back what `save_state` wrote after `step` updates. All ranks call it."""
-        self._accelerator.load_state(str(folder))
+        engine_weights.load_state(self._accelerator, self.policy, folder)
         self.step = step
         self._optimizer_steps = step * self.cfg.optimizer_steps // self.cfg.run.steps
 

@@ -1,107 +1,344 @@
-"""The policy with its value head, and the only place where logits are shifted against tokens.
+"""The policy with its value function, and the only place where states are shifted against tokens.
 
-Legend: B samples, P prompt width, T response width, V vocabulary, H hidden size. The logits of column P - 1 + t and the
-state that they are computed from belong to response token t: that state is "the tokens before t", so its value is V_t.
-One more column, P - 1 + T, holds the state after the last token; a cut response is bootstrapped from it.
+Legend: S samples, T response width, M scored tokens (the valid response tokens, row by row), N tokens of a packed
+sequence, H hidden width, V vocabulary. The state that response token t is drawn from is "the tokens before t": from it
+come the log-prob of t and the value V_t. One more state of each sample stands behind its last token; a cut response is
+bootstrapped from it.
 """
 
+import copy
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from core import pretrained
 from core.logprobs import entropy_from_logits, logprobs_from_logits
+from core.schema import ModelConfig
+from trainer import adapters, fused_head
 from trainer.batch import TrainBatch
+from trainer.fused_head import TokenLoss
+from trainer.packing import ATTENTION, Packed, pack
+
+# Settings by which some models change their logits after the output layer, where that shows on trained weights only.
+_AFTER_THE_HEAD = ("final_logit_softcapping", "logits_soft_cap", "logit_scale", "logits_scaling", "lm_head_multiplier")
 
 
-@dataclass(frozen=True)
-class PolicyOutput:
-    logprobs: Tensor  # [B, T] of the response tokens, after temperature
-    values: Tensor  # [B, T + 1] V of the state before token t; the last is the state after a response of full width
-    entropy: Tensor | None  # [B, T] nats
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """A micro-batch on its device, packed or padded, as the model wants it."""
+
+    packed: Packed | None
+    input_ids: Tensor  # [S, P + T]
+    prompt_lengths: Tensor  # [S]
+    response_lengths: Tensor  # [S]
+    mask: Tensor  # [S, T]
+
+    @property
+    def token(self) -> Tensor:
+        """[M] the scored tokens."""
+        return self.packed.token if self.packed is not None else self.input_ids[:, -self.mask.shape[1] :][self.mask]
 
 
-class PolicyWithValueHead(nn.Module):
-    """A causal LM and a linear value head on its last hidden state: one module, one engine, one forward.
-
-    The head starts at zero, so the first advantages are those of the rewards alone. It is kept in float32.
-    """
-
-    def __init__(self, lm: PreTrainedModel, dtype: torch.dtype = torch.float32) -> None:
-        """`dtype`: what the causal LM computes in; all parameters are in float32."""
-        super().__init__()
-        self.lm = lm
-        self.value_head = nn.Linear(lm.get_output_embeddings().in_features, 1)
-        nn.init.zeros_(self.value_head.weight)
-        nn.init.zeros_(self.value_head.bias)
-        self._forward = CausalForward(lm, dtype)
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        prompt_lengths: Tensor,
-        response_lengths: Tensor,
-        n_response: int,
-        temperature: float,
-        with_entropy: bool = False,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Fields of PolicyOutput as a tuple (engines that wrap modules want one). input_ids is [B, P + T]."""
-        logits, hidden = self._forward(input_ids, prompt_lengths, response_lengths, n_response)
-        logprobs = logprobs_from_logits(logits, input_ids[:, -n_response:], temperature)
-        values = self.value_head(hidden.to(self.value_head.weight.dtype)).squeeze(-1)  # no temperature here
-        return logprobs, values, entropy_from_logits(logits, temperature) if with_entropy else None
+def inputs_of(batch: TrainBatch, device: torch.device, *, packed: bool) -> Inputs:
+    """What a forward reads of some rows. Rows of one ordinal have one prompt."""
+    mask = batch.response_mask
+    lengths = batch.prompt_lengths, batch.response_lengths
+    prompt_of = batch.order[:, 0] if len(batch.order) == len(batch) else np.arange(len(batch))  # an idle row has none
+    return Inputs(
+        packed=pack(batch.input_ids, *lengths, mask, prompt_of, device) if packed else None,
+        input_ids=batch.input_ids.to(device),
+        prompt_lengths=batch.prompt_lengths.to(device),
+        response_lengths=batch.response_lengths.to(device),
+        mask=mask.to(device),
+    )
 
 
 class CausalForward:
-    """Logits of the response tokens of a padded batch, and the hidden states that they come from.
+    """How a causal LM is read: what it computes before each scored token, and their log-probs.
 
+    Three ways, the first that gives what the model itself gives on a few tokens (it is asked, no list of names is
+    kept): packed (`trainer/packing.py`), padded with the fused head, padded with the model's own logits.
     It opens autocast itself: a plain process, DDP and DeepSpeed would each cast at other places.
     """
 
     def __init__(self, lm: PreTrainedModel, dtype: torch.dtype = torch.float32) -> None:
-        self._lm, self._dtype = lm, dtype
+        self.lm, self._dtype = lm, dtype
         # Models without absolute or rotary positions (ALiBi) take none; they read the attention mask.
         self._takes_positions = "position_ids" in inspect.signature(lm.forward).parameters
-        self._hidden: Tensor | None = None
-        # What enters the output embedding is the last hidden state after its norm, in any architecture.
-        lm.get_output_embeddings().register_forward_pre_hook(self._catch)
+        self._own_hidden: Tensor | None = None
+        self.fused = self._head_is_one_product()
+        self.packed = self.fused and self._reads_segments()
 
-    def _catch(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        self._hidden = args[0]
+    @property
+    def head(self) -> nn.Module:
+        return self.lm.get_output_embeddings()
 
-    def __call__(
-        self, input_ids: Tensor, prompt_lengths: Tensor, response_lengths: Tensor, n_response: int
-    ) -> tuple[Tensor, Tensor]:
-        """[B, P + T] ids -> logits [B, T, V] that score each response token, hidden [B, T + 1, H]."""
-        width = input_ids.shape[1]
-        p = width - n_response
-        column = torch.arange(width, device=input_ids.device)
-        mask = (column >= p - prompt_lengths[:, None]) & (column < p + response_lengths[:, None])
-        extra = {}
-        if self._takes_positions:
-            extra["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)
-        with torch.autocast(input_ids.device.type, dtype=self._dtype, enabled=self._dtype != torch.float32):
-            logits = self._lm(
-                input_ids=input_ids,
-                attention_mask=mask.long(),
-                use_cache=False,
-                logits_to_keep=n_response + 1,
-                **extra,
-            ).logits
-        hidden, self._hidden = self._hidden, None
-        assert hidden is not None and hidden.shape[1] == logits.shape[1] == n_response + 1, "logits_to_keep is ignored"
-        return logits[:, :-1], hidden
+    def states(self, inputs: Inputs, trunk: nn.Module | None = None) -> tuple[Tensor, Tensor]:
+        """[M, H] before each scored token and [S, H] behind each response, of the LM's trunk or another like it."""
+        trunk = self.lm.base_model if trunk is None else trunk
+        if inputs.packed is not None:
+            p = inputs.packed
+            with self._autocast(p.ids.device):
+                hidden = self._packed_hidden(trunk, p)
+            return hidden.index_select(0, p.state_at), hidden.index_select(0, p.after_at)
+        with self._autocast(inputs.input_ids.device):
+            hidden = trunk(**self._padded(inputs)).last_hidden_state
+        return self._select(hidden, inputs)
+
+    def own_logits(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+        """The same states, and the model's own logits [M, V] of each scored token: its head is no mere product."""
+        n = inputs.mask.shape[1]
+        with self._catching_hidden(), self._autocast(inputs.input_ids.device):
+            logits = self.lm(**self._padded(inputs), logits_to_keep=n + 1).logits
+        hidden, self._own_hidden = self._own_hidden, None
+        assert hidden is not None and hidden.shape[1] == logits.shape[1] == n + 1, "logits_to_keep is ignored"
+        return *self._select(hidden, inputs), logits[:, :-1][inputs.mask]
+
+    def score(self, inputs: Inputs, temperature: float) -> tuple[Tensor, Tensor]:
+        """Log-probs and entropies of the scored tokens, [M] each. No gradient."""
+        with torch.no_grad():
+            if not self.fused:
+                *_, logits = self.own_logits(inputs)
+                return logprobs_from_logits(logits, inputs.token, temperature), entropy_from_logits(logits, temperature)
+            states, _ = self.states(inputs)
+            return fused_head.score(self.head, states, inputs.token, temperature)
+
+    def _autocast(self, device: torch.device) -> torch.autocast:
+        return torch.autocast(device.type, dtype=self._dtype, enabled=self._dtype == torch.bfloat16)
+
+    def _packed_hidden(self, trunk: nn.Module, p: Packed) -> Tensor:
+        positions = {"position_ids": p.positions} if self._takes_positions else {}
+        return trunk(input_ids=p.ids, use_cache=False, segments=p.segments, **positions).last_hidden_state[0]
+
+    def _padded(self, inputs: Inputs) -> dict[str, Tensor]:
+        width, n = inputs.input_ids.shape[1], inputs.mask.shape[1]
+        column = torch.arange(width, device=inputs.input_ids.device)
+        first, last = width - n - inputs.prompt_lengths, width - n + inputs.response_lengths
+        mask = (column >= first[:, None]) & (column < last[:, None])
+        positions = {"position_ids": (mask.long().cumsum(-1) - 1).clamp(min=0)} if self._takes_positions else {}
+        return {"input_ids": inputs.input_ids, "attention_mask": mask.long(), "use_cache": False, **positions}
+
+    @staticmethod
+    def _select(hidden: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        """States of [S, >= T + 1, H] by the same order as a packed sequence's."""
+        n = inputs.mask.shape[1]
+        hidden = hidden[:, -n - 1 :]
+        after = hidden[torch.arange(len(hidden), device=hidden.device), inputs.response_lengths]
+        return hidden[:, :-1][inputs.mask], after
+
+    @contextmanager
+    def _catching_hidden(self) -> Iterator[None]:
+        """What enters the output layer is the last hidden state after its norm, in any architecture."""
+
+        def catch(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            self._own_hidden = args[0]
+
+        handle = self.head.register_forward_pre_hook(catch)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    @torch.no_grad()
+    def _head_is_one_product(self) -> bool:
+        head, config = self.head, self.lm.config.get_text_config()
+        if any(getattr(config, name, None) not in (None, 1, 1.0) for name in _AFTER_THE_HEAD):
+            return False
+        if not isinstance(getattr(head, "weight", None), Tensor) or not hasattr(head, "bias"):
+            return False
+        ids = self._few_tokens(9)[None]
+        own = self.lm(input_ids=ids, use_cache=False).logits
+        hidden = self.lm.base_model(input_ids=ids, use_cache=False)
+        if not hasattr(hidden, "last_hidden_state") or hidden.last_hidden_state.shape[-1] != head.weight.shape[-1]:
+            return False
+        ours = nn.functional.linear(hidden.last_hidden_state, head.weight, head.bias)
+        return ours.shape == own.shape and bool((ours - own).abs().max() <= 1e-5 * own.abs().max().clamp(min=1e-3))
+
+    @torch.no_grad()
+    def _reads_segments(self) -> bool:
+        """Switch the model to attention over segments, if it then computes what it did before."""
+        config = self.lm.config.get_text_config()
+        if getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True):
+            return False
+        before = config._attn_implementation
+        ids = self._few_tokens(12)
+        prompt, long, short, other = ids[:4], ids[4:9], ids[9:11], ids[3:12]
+        rows = [torch.cat([prompt, long]), torch.cat([prompt, short]), other]  # two of one prompt, and one alone
+        alone = [self.lm.base_model(input_ids=row[None], use_cache=False).last_hidden_state[0] for row in rows]
+        width = max(map(len, rows))
+        lengths = [(4, 5), (4, 2), (4, 5)]
+        padded = torch.zeros(3, 4 + 5, dtype=torch.long)
+        for line, row in zip(padded, rows, strict=True):
+            line[: len(row)] = row.cpu()
+        n_prompts, n_responses = (torch.tensor(x) for x in zip(*lengths, strict=True))
+        mask = torch.arange(width - 4) < n_responses[:, None]
+        packed = pack(padded, n_prompts, n_responses, mask, np.array([0, 0, 1]), ids.device)
+        expected = torch.cat([x[p - 1 : p - 1 + t] for x, (p, t) in zip(alone, lengths, strict=True)])
+        try:
+            self.lm.set_attn_implementation(ATTENTION)
+            hidden = self._packed_hidden(self.lm.base_model, packed)[packed.state_at]
+        except (NotImplementedError, TypeError, ValueError, RuntimeError):
+            hidden = None  # it does not hand `segments` on, or wants something that such attention has not
+        scale = expected.abs().max().clamp(min=1e-3)
+        if hidden is not None and bool((hidden - expected).abs().max() <= 1e-4 * scale):
+            return True
+        self.lm.set_attn_implementation(before)
+        return False
+
+    def _few_tokens(self, n: int) -> Tensor:
+        weight = self.lm.get_input_embeddings().weight
+        return torch.arange(1, n + 1, device=weight.device) % len(weight)
 
 
-def run_policy(module: nn.Module, batch: TrainBatch, temperature: float, *, with_entropy: bool = False) -> PolicyOutput:
-    """Forward of the policy (or its engine) on a batch that is on its device."""
-    n_response = batch.response_mask.shape[1]
-    return PolicyOutput(
-        *module(batch.input_ids, batch.prompt_lengths, batch.response_lengths, n_response, temperature, with_entropy)
-    )
+class PolicyWithValueHead(nn.Module):
+    """A causal LM and its value function (`model.value`): one module, one engine, one forward.
+
+    shared            the head reads the states of the policy's trunk, and its gradient reaches the trunk
+    shared_detached   the same states, but the gradient stops at the head
+    lora              states of the same frozen trunk under an adapter of its own
+    separate          states of a trunk of its own
+
+    The head starts at zero, so the first advantages are those of the rewards alone. It is kept in float32.
+    """
+
+    def __init__(
+        self, lm: PreTrainedModel, config: ModelConfig, *, critic: nn.Module | None = None, head: Tensor | None = None
+    ) -> None:
+        """
+        Args:
+            critic: the trunk of `separate`; a copy of the policy's if None.
+            head: [1, H] what the value head starts from (of a reward model); zeros if None.
+        """
+        super().__init__()
+        self.config, self.value = config, config.value
+        dtype = getattr(torch, config.dtype)
+        self.reader = CausalForward(lm, dtype)
+        self.lm = lm
+        wide = torch.float64 if lm.dtype == torch.float64 else torch.float32
+        if config.value == "separate":
+            self.critic = copy.deepcopy(lm.base_model) if critic is None else critic
+            if critic is not None and self.reader.packed:
+                critic.set_attn_implementation(ATTENTION)
+        if config.lora_rank:
+            names = ["policy"] + ["critic"] * (config.value == "lora")
+            adapters.inject(lm, names, config)
+        width = self.critic.config.hidden_size if config.value == "separate" else self.reader.head.weight.shape[1]
+        self.value_head = nn.Linear(width, 1, dtype=wide, device=lm.device)
+        nn.init.zeros_(self.value_head.bias)
+        if head is None:
+            nn.init.zeros_(self.value_head.weight)
+        else:
+            with torch.no_grad():
+                self.value_head.weight.copy_(head)
+
+    def forward(
+        self,
+        inputs: Inputs,
+        temperature: float,
+        token_loss: TokenLoss | None = None,
+        with_entropy: bool = False,
+        value_only: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor | None, dict[str, Tensor]]:
+        """Without `token_loss` (no gradient): log-probs [M], values [M + S], entropies [M], {}.
+
+        With it: the loss of all tokens, values [M + S], None, and the sums that `token_loss` keeps. Of the values the
+        last S are of the states behind each response. `value_only` keeps the value's gradient from a shared trunk.
+        """
+        with adapters.active(self.lm, "policy"):
+            if self.reader.fused:
+                states, after = self.reader.states(inputs)
+                logits = None
+            else:
+                states, after, logits = self.reader.own_logits(inputs)
+            head, token = self.reader.head, inputs.token
+            if token_loss is None:
+                if logits is None:
+                    first, entropy = fused_head.score(head, states, token, temperature)
+                else:
+                    first = logprobs_from_logits(logits, token, temperature)
+                    entropy = entropy_from_logits(logits, temperature)
+                sums = {}
+            else:
+                entropy = None
+                if logits is None:
+                    first, sums = fused_head.loss_of_tokens(
+                        head, states, token, temperature, token_loss, with_entropy=with_entropy
+                    )
+                else:
+                    of_tokens = entropy_from_logits(logits, temperature) if with_entropy else None
+                    first, sums = token_loss(logprobs_from_logits(logits, token, temperature), of_tokens, slice(None))
+        return first, self._values(inputs, states, after, value_only), entropy, sums
+
+    def _values(self, inputs: Inputs, states: Tensor, after: Tensor, value_only: bool) -> Tensor:
+        if self.value == "separate":
+            states, after = self.reader.states(inputs, self.critic)
+        elif self.value == "lora":
+            with adapters.active(self.lm, "critic"):
+                states, after = self.reader.states(inputs)
+        elif self.value == "shared_detached" or value_only:
+            states, after = states.detach(), after.detach()
+        both = torch.cat([states, after]).to(self.value_head.weight.dtype)
+        with torch.autocast(both.device.type, enabled=False):
+            return self.value_head(both).squeeze(-1)  # no temperature here
+
+    def value_parameters(self) -> list[nn.Parameter]:
+        """Those that only the value loss trains, as far as they are apart."""
+        of_trunk = self.critic.parameters() if self.value == "separate" else adapters.parameters(self.lm, "critic")
+        return [*self.value_head.parameters(), *of_trunk]
+
+    def checkpoint_activations(self) -> None:
+        """Compute the activations of each layer again in the backward pass instead of keeping them.
+
+        transformers does so in training mode alone, in which dropout would be on: the flag of the layer itself is set,
+        those of the modules in it stay off.
+        """
+        for trunk in (self.lm, *([self.critic] if self.value == "separate" else [])):
+            trunk.gradient_checkpointing_enable({"use_reentrant": False})
+        for layer in self.modules():
+            if isinstance(layer, GradientCheckpointingLayer):
+                layer.training = True
+
+
+class Reference:
+    """The frozen model that KL is measured against: a copy of its own, or the policy without its adapter."""
+
+    def __init__(self, config: ModelConfig, policy: PolicyWithValueHead, lm: PreTrainedModel | None) -> None:
+        """`lm`: the copy; None for the policy without its adapter."""
+        self._policy, self._offload = policy, config.reference == "offload"
+        self._reader = policy.reader
+        if lm is not None:
+            lm = lm.eval().requires_grad_(False)
+            self._reader = CausalForward(lm, getattr(torch, config.dtype))
+        self._own = lm is not None
+
+    @property
+    def packed(self) -> bool:
+        return self._reader.packed
+
+    @contextmanager
+    def on(self, device: torch.device) -> Iterator[None]:
+        """The block in which it computes; one that is offloaded is on the device only here."""
+        if self._own:
+            self._reader.lm.to(device)
+        try:
+            yield
+        finally:
+            if self._own and self._offload:
+                self._reader.lm.to("cpu")
+
+    def score(self, inputs: Inputs, temperature: float) -> Tensor:
+        """[M] log-probs of the scored tokens."""
+        if self._own:
+            return self._reader.score(inputs, temperature)[0]
+        with adapters.active(self._policy.lm, None):
+            return self._reader.score(inputs, temperature)[0]
 
 
 def load_causal_lm(path: str, device: torch.device | str) -> PreTrainedModel:

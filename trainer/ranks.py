@@ -45,6 +45,10 @@ class Ranks:
         """The largest over all ranks; NaN if any is."""
         return float(torch.tensor(self.gather(value), dtype=torch.float64).max())
 
+    def gather_max(self, values: list[float]) -> list[float]:
+        """`max` of several numbers at once."""
+        return torch.tensor(self.gather(values), dtype=torch.float64).amax(dim=0).tolist()
+
     def gather(self, item: Any) -> list[Any]:
         """One small picklable object of every rank, by rank, on every rank."""
         if self.size == 1:
