@@ -22,7 +22,7 @@ from core.schema import Config, RewardConfig, leaf_keys
 
 
 def _is_path(key: str) -> bool:
-    return key in ("model.path", "data.path", "data.eval_path", "run.dir") or bool(
+    return key in ("model.path", "data.path", "data.eval_path", "data.ptx_path", "run.dir") or bool(
         re.fullmatch(r"rewards\.[^.]+\.fn", key)
     )
 

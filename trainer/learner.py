@@ -29,6 +29,7 @@ from core.weights import Probe, named_tensors
 from trainer import ppo
 from trainer.batch import TrainBatch
 from trainer.model import CausalForward, PolicyWithValueHead, run_policy
+from trainer.objective import RATIO_ERROR, TokenFields, policy_objective
 from trainer.ranks import Ranks
 
 # Limits of numbers that must be equal, by the dtype of the forward passes. fp32: the difference of rollout and learner
@@ -244,16 +245,14 @@ class Learner:
         """The share of one micro-batch in the loss of its optimizer step, and max |ratio - 1| over its tokens."""
         cfg, mask = self.cfg.ppo, micro.response_mask
         out = run_policy(self._engine, micro, self.cfg.rollout.temperature, with_entropy=cfg.entropy_coef > 0)
-        pg_loss, pg_stats = ppo.policy_loss(
-            out.logprobs,
-            micro.old_logprobs,
-            micro.advantages,
-            mask,
-            cliprange=cfg.cliprange,
-            cliprange_high=cfg.cliprange_high,
-            dual_clip=cfg.dual_clip,
-            normalizer=n_valid,
+        known = TokenFields(
+            mask=mask,
+            old_logprobs=micro.old_logprobs,
+            ref_logprobs=micro.ref_logprobs,
+            rollout_logprobs=micro.rollout_logprobs,
+            advantages=micro.advantages,
         )
+        pg_loss, numbers = policy_objective(out.logprobs, out.entropy, known, cfg, n_valid)
         vf_loss, vf_stats = ppo.value_loss(
             out.values[:, :-1],
             micro.values,
@@ -262,17 +261,15 @@ class Learner:
             cliprange_value=cfg.cliprange_value,
             normalizer=n_valid,
         )
-        loss = pg_loss + cfg.vf_coef * vf_loss
-        if out.entropy is not None:
-            loss = loss - cfg.entropy_coef * torch.where(mask, out.entropy, 0.0).sum() / n_valid
+        # Without a critic times 0, not left out: DDP wants a gradient for every parameter.
+        loss = pg_loss + (cfg.vf_coef if cfg.has_critic else 0.0) * vf_loss
         tokens = float(mask.sum())
-        sums.add("loss/policy", pg_loss.item() * n_valid, tokens)
-        sums.add("loss/value", vf_loss.item() * n_valid, tokens)
-        for name in ("approx_kl", "pg_clipfrac", "ratio_mean"):
-            sums.add(f"ppo/{name}", float(pg_stats[name]) * tokens, tokens)
-        sums.add("ppo/vf_clipfrac", float(vf_stats["vf_clipfrac"]) * tokens, tokens)
-        with torch.no_grad():
-            ratio_error = _largest(torch.where(mask, out.logprobs - micro.old_logprobs, 0.0).exp().sub(1).abs())
+        ratio_error = float(numbers.pop(RATIO_ERROR))
+        for name, total in numbers.items():
+            sums.add(name, float(total), tokens)
+        if cfg.has_critic:
+            sums.add("loss/value", vf_loss.item() * n_valid, tokens)
+            sums.add("ppo/vf_clipfrac", float(vf_stats["vf_clipfrac"]) * tokens, tokens)
         return loss, ratio_error
 
     @property
