@@ -3,9 +3,9 @@
     loss = sum_t [ w_t l_t + kl_loss_coef KL_t - entropy_coef H_t ] / normalizer
 
 l the clipped surrogate, w the importance weight of `importance_cap`, KL the loss of `kl_loss_coef` (trainer/ppo.py has
-all three), H the entropy. Nothing here is a mean: the loss and the sums of any cut of the tokens add up to those of all.
-So a fused head may ask for them chunk by chunk and differentiate by log-probs and entropies alone. Nothing waits for
-the device.
+all three), H the entropy. Nothing here is a mean: the loss and the sums of any cut of the tokens add up to those of
+all. So a fused head may ask for them chunk by chunk and differentiate by log-probs and entropies alone. Nothing waits
+for the device.
 """
 
 from collections.abc import Iterable
