@@ -158,7 +158,8 @@ def test_numbers_of_a_file_are_numbers_without_a_point_too(tmp_path):
 
 
 def test_parse_override_knows_null_and_yaml():
-    assert parse_override("ppo.target_kl", "null") is None
+    assert parse_override("ppo.target_kl", "null") is None and parse_override("ppo.target_kl", "none") is None
+    assert parse_override("ppo.scale_values", "none") == parse_override("rewards.mine.normalize", "none") == "none"
     assert parse_override("log.trackers", "[wandb]") == ["wandb"]
     with pytest.raises(UserError, match="YAML"):
         parse_override("log.trackers", "[wandb")

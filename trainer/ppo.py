@@ -109,7 +109,7 @@ def compute_gae(
         n = mask.sum(dim=1, keepdim=True)  # [B, 1]
         at_end = torch.arange(mask.shape[1], device=mask.device) == n - 1
         next_value = torch.where(at_end, bootstrap_values.double()[:, None], next_value)
-    delta = _select(r + gamma * next_value - v, move_left(mask, place))
+    delta = r + gamma * next_value - v  # 0 behind the last token, where all three are
     carry = gamma * (gae_lambda.double() if isinstance(gae_lambda, Tensor) else gae_lambda)
     advantages = _select(move_back(_reverse_scan(delta, carry), place), mask).to(values.dtype)
     return advantages, advantages + values
@@ -125,17 +125,21 @@ def _reverse_scan(delta: Tensor, carry: float | Tensor) -> Tensor:
     rows, width = delta.shape
     size = min(BLOCK, max(width, 1))
     n = -(-width // size)
-    x = torch.nn.functional.pad(delta, (0, n * size - width)).view(rows, n, size).permute(2, 1, 0).contiguous()
-    power = torch.as_tensor(carry, dtype=x.dtype, device=x.device).expand(rows)
+    x = torch.nn.functional.pad(delta, (0, n * size - width)).view(rows * n, size).t().contiguous()
+    x = x.view(size, rows, n)  # token t of all blocks lies together
+    power = torch.as_tensor(carry, dtype=x.dtype, device=x.device).expand(rows)[:, None]  # [B, 1]
     powers = [power]  # carry^1 for the last token of a block, carry^size for the first
     for t in reversed(range(size - 1)):
-        x[t] += x[t + 1] * carry
+        x[t] += x[t + 1] * power
         powers.append(powers[-1] * power)
-    after = torch.zeros_like(x[0])  # [n, B] the advantage of the first token behind each block
+    first = x[0].t().contiguous()  # [n, B]
+    after = torch.zeros_like(first)  # the advantage of the first token behind each block
     for i in reversed(range(n - 1)):
-        after[i] = x[0, i + 1] + powers[-1] * after[i + 1]
-    x += torch.stack(powers[::-1])[:, None] * after
-    return x.permute(2, 1, 0).reshape(rows, n * size)[:, :width]
+        after[i] = first[i + 1] + powers[-1][:, 0] * after[i + 1]
+    after = after.t().contiguous()
+    for t, to_the_end in enumerate(reversed(powers)):
+        x[t] += to_the_end * after
+    return x.view(size, rows * n).t().reshape(rows, n * size)[:, :width]
 
 
 def left_places(mask: Tensor) -> Tensor | None:
