@@ -173,10 +173,10 @@ def test_rewards_of_tokens_are_compared_at_the_same_place():
 
 def test_a_sample_without_another_has_advantage_0_and_is_counted():
     # prompt 1 has lost its other samples; a response of no tokens is nobody to be compared with
-    to_go, mask = at_the_end([5.0, 1.0, 3.0, 9.0, 9.0], [2, 2, 1, 2, 0], 2)
+    to_go, mask = at_the_end([5.0, 1.0, 3.0, 9.0, 9.0, 9.0], [2, 2, 1, 2, 0, 0], 2)
     for kind, third in (("rloo", 2.0), ("grpo", math.sqrt(0.5))):
-        got, lone = compared(kind, to_go, mask, [1, 2, 2, 3, 3])
-        close(got, [[0.0, 0.0], [-third, -third], [third, 0.0], [0.0, 0.0], [0.0, 0.0]], 1e-7)
+        got, lone = compared(kind, to_go, mask, [1, 2, 2, 3, 3, 4])
+        close(got, [[0.0, 0.0], [-third, -third], [third, 0.0], [0.0, 0.0], [0.0, 0.0], [0.0, 0.0]], 1e-7)
         assert lone == 2 / 4
 
 
