@@ -356,6 +356,20 @@ def test_the_unit_of_values_is_the_root_mean_square_of_all_returns_so_far():
     close(sigma, 2.5)
 
 
+def test_the_unit_of_values_is_that_of_all_ranks():
+    parts = [f64([[3.0]]), f64([[4.0]]), torch.zeros(0, 1).double()]
+    answers = on_ranks(
+        [
+            lambda all_reduce, gather, x=x: estimators.scale_returns(
+                x, torch.ones(x.shape).bool(), {}, all_reduce=all_reduce
+            )
+            for x in parts
+        ]
+    )
+    for _, sigma in answers:
+        close(sigma, math.sqrt(12.5))
+
+
 def test_returns_that_are_all_large_have_a_value_loss_of_a_half():
     """Over their deviation, which is 0, they would be as large as before; their mean is not taken off either."""
     returns, mask = f64([[-100.0] * 4]), mask_of([[1, 1, 1, 1]])
