@@ -22,7 +22,7 @@ from core.schema import Config, RewardConfig, leaf_keys
 
 
 def _is_path(key: str) -> bool:
-    return key in ("model.path", "data.path", "data.eval_path", "run.dir") or bool(
+    return key in ("model.path", "data.path", "data.eval_path", "data.ptx_path", "run.dir") or bool(
         re.fullmatch(r"rewards\.[^.]+\.fn", key)
     )
 
@@ -66,6 +66,9 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def parse_override(key: str, text: str) -> Any:
     """The value of `--key text`: lists and dicts are YAML, `null` is None, the schema reads all else from text."""
+    kind = leaf_keys().get(re.sub(r"^rewards\.[^.]+\.", "rewards.NAME.", key), (None,))[0]
+    if text in get_args(kind):  # before null: `none` is a choice of some keys
+        return text
     if text in ("null", "none", "None", "~"):
         return None
     if text[:1] in "[{" or ".options." in key:

@@ -63,7 +63,7 @@ RESERVED_COMPONENTS: frozenset[str] = frozenset({"total", "reward", "response"})
 _REWARD = (
     Metric(
         "reward/total",
-        "Sum over the tokens of a response of the very tensor that GAE reads, before the KL penalty.",
+        "Sum over the tokens of a response of the very tensor that GAE reads, before ppo.scale_rewards and KL.",
         "reward",
         "responses",
         "rises; then flat",
@@ -179,10 +179,66 @@ SECTIONS: dict[str, tuple[Metric, ...]] = {
         ),
         Metric(
             "loss/value",
-            "Half the (clipped) squared error of the value head.",
+            "Half the (clipped) squared error of the value head; in units of value/scale with ppo.scale_values.",
             "reward squared",
             "tokens of all optimizer steps",
             "falls, then follows the reward",
+        ),
+        Metric(
+            "loss/kl",
+            "KL of the policy to the reference in the loss (ppo.kl_loss_coef), before its weight.",
+            "nats",
+            "tokens of all optimizer steps",
+            "rises slowly, then holds; the smaller, the larger its weight",
+        ),
+        Metric(
+            "loss/entropy",
+            "Entropy of the policy being updated, before its weight (ppo.entropy_coef).",
+            "nats",
+            "tokens of all optimizer steps",
+            "as objective/entropy",
+        ),
+        Metric(
+            "loss/ptx",
+            "Language-modelling loss on data.ptx_path (ppo.ptx_coef), before its weight.",
+            "nats",
+            "tokens of those texts",
+            "flat; growth means that the policy forgets",
+        ),
+        Metric(
+            "credit/reward_scale",
+            "What ppo.scale_rewards divided the rewards of tokens by: their deviation over the batch.",
+            "reward",
+            "none: one value per step",
+            "steady; where it shrinks, what is left to learn is magnified",
+        ),
+        Metric(
+            "credit/lone_frac",
+            "Responses without another of the same prompt to compare with (ppo.estimator rloo, grpo): advantage 0.",
+            SHARE,
+            "responses of all ranks",
+            "0; above it rewards fail and samples are dropped, see faults/samples_dropped",
+        ),
+        Metric(
+            "ppo/epochs",
+            "Passes over the batch that were made.",
+            "passes",
+            "none: one value per step",
+            "ppo_epochs; less where ppo.stop_kl ended them: lower the learning rate if it does so always",
+        ),
+        Metric(
+            "ppo/importance_mean",
+            "exp(old_logprobs - rollout_logprobs), at most ppo.importance_cap: the token's weight in the loss.",
+            "1",
+            "tokens of all optimizer steps",
+            "0.99 to 1.01; far from it workers and learner do not run the same model",
+        ),
+        Metric(
+            "ppo/importance_capped_frac",
+            "Tokens whose weight is held at ppo.importance_cap.",
+            SHARE,
+            "tokens of all optimizer steps",
+            "near 0",
         ),
         Metric(
             "ppo/approx_kl",
@@ -218,6 +274,13 @@ SECTIONS: dict[str, tuple[Metric, ...]] = {
             "1",
             "tokens (both variances)",
             "rises from 0 towards 1; below 0 the critic is worse than a constant",
+        ),
+        Metric(
+            "value/scale",
+            "What ppo.scale_values divides returns by: their root mean square so far.",
+            "reward",
+            "none: one value per step",
+            "settles; the critic lags where it still moves by more than a few per cent a step",
         ),
         Metric(
             "optim/lr", "Learning rate of the last optimizer step.", "1", "none: one value per step", "as configured"

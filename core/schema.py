@@ -65,6 +65,8 @@ class DataConfig(Section):
     """Split of `data.eval_path` where that is a dataset id."""
     eval_prompts: int = Field(500, ge=1)
     """How many held-out prompts an evaluation answers, one sample each: the first ones of the file."""
+    ptx_path: str | None = None
+    """Texts for the language-modelling loss of `ppo.ptx_coef`: a JSONL or Parquet file, or a dataset id."""
     max_prompt_tokens: int = Field(1024, ge=1)
     """Longest prompt in tokens; a longer one is an error that names its row."""
     shuffle: bool = True
@@ -146,16 +148,33 @@ class RewardConfig(Section):
 
 
 class PPOConfig(Section):
+    estimator: Literal["gae", "reinforce_pp", "rloo", "grpo"] = "gae"
+    """How advantages come from rewards: gae with the critic; without one reinforce_pp (returns-to-go), or rloo and
+    grpo, which compare the samples of a prompt. Without a critic there is no value loss: `vf_coef` has no effect."""
     gamma: float = Field(1.0, ge=0, le=1)
     """Discount per token."""
     gae_lambda: float = Field(0.95, ge=0, le=1)
     """Lambda of generalised advantage estimation."""
+    lambda_alpha: float | None = Field(None, gt=0)
+    """The policy's lambda is 1 - 1 / (lambda_alpha x tokens of the response) instead (VAPO has 0.05); off if null."""
+    value_gamma: float | None = Field(None, ge=0, le=1)
+    """Discount in the returns that the critic learns; as `gamma` if null."""
+    value_lambda: float | None = Field(None, ge=0, le=1)
+    """Lambda in the returns that the critic learns; as `gae_lambda` if null."""
+    scale_rewards: Literal["none", "batch"] = "none"
+    """Divide the rewards of tokens, before KL, by their deviation over the batch. The mean is never shifted."""
+    scale_values: Literal["none", "running"] = "none"
+    """running: the critic predicts returns divided by their root mean square so far, so that large rewards do not reach
+    the policy through a shared trunk. `cliprange_value` and loss/value are then in those units."""
     cliprange: float = Field(0.2, gt=0, lt=1)
     """The probability ratio is clipped at 1 - cliprange (and 1 + cliprange unless `cliprange_high`)."""
     cliprange_high: float | None = Field(None, gt=0)
     """Upper clip of the ratio where it differs."""
     dual_clip: float | None = Field(None, gt=1)
     """Bound of the loss of tokens with negative advantage, in units of |A|; off by default."""
+    importance_cap: float | None = Field(None, gt=0)
+    """Weigh the policy loss of each token by exp(old_logprobs - rollout_logprobs), at most this (2 is usual): corrects
+    for an engine that does not sample from quite what the learner computes. Off if null."""
     cliprange_value: float = Field(0.2, gt=0)
     """A value may move this far from the old one before its loss is clipped."""
     vf_coef: float = Field(0.1, ge=0)
@@ -164,6 +183,9 @@ class PPOConfig(Section):
     """Weight of the entropy bonus."""
     ppo_epochs: int = Field(2, ge=1)
     """Passes over each batch."""
+    stop_kl: float | None = Field(None, gt=0)
+    """No further pass over a batch once the mean of ppo/approx_kl over the mini-batches of one is above this. Off if
+    null."""
     mini_batch_size: int = Field(64, ge=1)
     """Responses per optimizer step, over all ranks; divides `rollout.batch_size`."""
     micro_batch_size: int = Field(8, ge=1)
@@ -179,10 +201,31 @@ class PPOConfig(Section):
     """Steer `kl_coef` towards this KL in nats per response; fixed if null."""
     kl_horizon: int = Field(10_000, ge=1)
     """Responses over which the controller of `target_kl` works."""
-    whiten_advantages: bool = True
-    """Mean 0, deviation 1 over the valid tokens of the whole batch."""
+    kl_loss_coef: float = Field(0.0, ge=0)
+    """Weight of KL(policy || reference) in the loss, beside or instead of the one in the reward."""
+    kl_loss: Literal["k2", "k3"] = "k3"
+    """Which estimate of it loss/kl shows. The gradient is that of k2 for both: the one of k3 is biased."""
+    ptx_coef: float = Field(0.0, ge=0)
+    """Weight of a language-modelling loss on `data.ptx_path`, against forgetting (InstructGPT's PPO-ptx)."""
+    whiten_advantages: bool | None = None
+    """Mean 0, deviation 1 over the valid tokens of the whole batch; null: as the estimator is published, which is true
+    for gae and reinforce_pp, false for rloo and grpo."""
     bootstrap_cut: bool = False
     """Continue a cut response with the value of its last state. False where the length limit belongs to the task."""
+
+    @property
+    def has_critic(self) -> bool:
+        """Whether values are learnt and read."""
+        return self.estimator == "gae"
+
+    @property
+    def compares_samples(self) -> bool:
+        """Whether an advantage is relative to the other samples of the prompt."""
+        return self.estimator in ("rloo", "grpo")
+
+    @property
+    def whitens(self) -> bool:
+        return not self.compares_samples if self.whiten_advantages is None else self.whiten_advantages
 
 
 class OptimConfig(Section):
@@ -318,6 +361,19 @@ class Config(Section):
             refuse("model.reference", "adapter", "there is none without model.lora_rank; take copy")
         if model.value_path is not None and model.value != "separate":
             refuse("model.value_path", model.value_path, f"model.value is {model.value}; set it to separate")
+        if self.ppo.compares_samples and n == 1:
+            alone = "compares the samples of a prompt and there is one: set rollout.n_samples_per_prompt to 2 or more"
+            refuse("ppo.estimator", self.ppo.estimator, f"{alone}, or use gae or reinforce_pp")
+        if not self.ppo.has_critic:
+            for leaf in ("lambda_alpha", "value_gamma", "value_lambda", "scale_values", "bootstrap_cut"):
+                value = getattr(self.ppo, leaf)
+                if value != PPOConfig.model_fields[leaf].default:
+                    remedy = f"wants a critic, and ppo.estimator {self.ppo.estimator} has none: leave it out or use gae"
+                    refuse(f"ppo.{leaf}", str(value).lower(), remedy)
+        if self.ppo.ptx_coef and self.data.ptx_path is None:
+            refuse("ppo.ptx_coef", self.ppo.ptx_coef, "wants texts: set data.ptx_path, or ppo.ptx_coef to 0")
+        if self.data.ptx_path is not None and not self.ppo.ptx_coef:
+            refuse("data.ptx_path", self.data.ptx_path, "has no weight: set ppo.ptx_coef above 0, or leave it out")
         if not all(0 <= beta < 1 for beta in self.optim.betas):
             refuse("optim.betas", list(self.optim.betas), "both must be at least 0 and less than 1, e.g. [0.9, 0.95]")
         if not self.rewards:

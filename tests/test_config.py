@@ -95,6 +95,19 @@ def test_overrides_are_read_by_the_schema():
             {"rollout.batch_size": "254", "rollout.n_samples_per_prompt": "4"},
             ["rollout.batch_size = 254", "[252, 256]"],
         ),
+        ({"ppo.estimator": "rloo"}, ["ppo.estimator = rloo", "rollout.n_samples_per_prompt to 2"]),
+        (
+            {"ppo.estimator": "grpo", "rollout.n_samples_per_prompt": "4", "ppo.value_lambda": "1"},
+            ["ppo.value_lambda = 1.0", "ppo.estimator grpo", "leave it out"],
+        ),
+        (
+            {"ppo.estimator": "reinforce_pp", "ppo.bootstrap_cut": "true"},
+            ["ppo.bootstrap_cut = true", "wants a critic"],
+        ),
+        ({"ppo.estimator": "ppo"}, ["ppo.estimator", "'gae', 'reinforce_pp', 'rloo' or 'grpo'"]),
+        ({"ppo.kl_loss": "k1"}, ["ppo.kl_loss", "'k2' or 'k3'"]),
+        ({"ppo.ptx_coef": "0.1"}, ["ppo.ptx_coef = 0.1", "data.ptx_path"]),
+        ({"data.ptx_path": "texts.jsonl"}, ["data.ptx_path", "ppo.ptx_coef"]),
         ({"run.name": "../up"}, ["run.name = ../up", "letter or digit"]),
         ({"rewards.mine.weight": "0"}, ["weight 0"]),
         ({"rewards.total.fn": "r.py:f"}, ["rewards.total"]),
@@ -145,7 +158,8 @@ def test_numbers_of_a_file_are_numbers_without_a_point_too(tmp_path):
 
 
 def test_parse_override_knows_null_and_yaml():
-    assert parse_override("ppo.target_kl", "null") is None
+    assert parse_override("ppo.target_kl", "null") is None and parse_override("ppo.target_kl", "none") is None
+    assert parse_override("ppo.scale_values", "none") == parse_override("rewards.mine.normalize", "none") == "none"
     assert parse_override("log.trackers", "[wandb]") == ["wandb"]
     with pytest.raises(UserError, match="YAML"):
         parse_override("log.trackers", "[wandb")

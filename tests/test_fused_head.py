@@ -7,6 +7,7 @@ import torch
 
 from trainer import fused_head
 from trainer.fused_head import loss_of_tokens, score
+from trainer.objective import RATIO_ERROR
 
 M, H, V = 37, 8, 23
 
@@ -25,7 +26,7 @@ def token_loss(old, weights, entropy_coef):
         total = torch.maximum(-weights[at] * ratio, -weights[at] * ratio.clamp(0.8, 1.2)).sum()
         if entropy is not None:
             total = total - entropy_coef * (entropy * (1 + weights[at] ** 2)).sum()
-        return total, {"n": torch.tensor(float(len(logprobs))), "max/ratio": ratio.max() if len(ratio) else ratio.sum()}
+        return total, {"n": torch.tensor(float(len(logprobs))), RATIO_ERROR: ratio.max() if len(ratio) else ratio.sum()}
 
     return loss
 
@@ -51,7 +52,7 @@ def test_loss_and_gradients_are_those_of_autograd(monkeypatch, chunk, temperatur
     wanted = torch.autograd.grad(2.5 * want, leaves)
     got, sums = loss_of_tokens(layer, states, token, temperature, loss, with_entropy=with_entropy)
     torch.testing.assert_close(got, want, atol=1e-12, rtol=0)
-    assert sums["n"] == M and sums["max/ratio"] == pytest.approx(float(sums_wanted["max/ratio"].detach()), abs=1e-12)
+    assert sums["n"] == M and sums[RATIO_ERROR] == pytest.approx(float(sums_wanted[RATIO_ERROR].detach()), abs=1e-12)
     for a, b in zip(torch.autograd.grad(2.5 * got, leaves), wanted, strict=True):
         torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
 
@@ -82,7 +83,7 @@ def test_no_token_at_all_gives_gradients_of_zero():
         layer, none, torch.zeros(0, dtype=torch.long), 1.0, token_loss(none[:, 0], none[:, 0], 0.0), with_entropy=True
     )
     loss.backward()
-    assert float(loss.detach()) == 0 and sums == {} and not layer.weight.grad.any() and not states.grad.any()
+    assert float(loss.detach()) == 0 and sums["n"] == 0 and not layer.weight.grad.any() and not states.grad.any()
 
 
 def test_a_frozen_layer_gets_no_gradient_and_costs_none():

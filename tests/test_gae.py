@@ -2,6 +2,7 @@
 
 import math
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -200,3 +201,81 @@ def test_true_values_leave_no_advantage(batch, seed, gamma, gae_lambda):
         rewards, values, mask, gamma=gamma, gae_lambda=gae_lambda, bootstrap_values=bootstrap
     )
     close(advantages, torch.zeros_like(advantages))
+
+
+# ---------------------------------------------------------------- many tokens, and a lambda for each row
+
+
+def by_a_plain_loop(rewards, values, gamma, gae_lambda, bootstrap=0.0):
+    """Of one row of valid tokens, lists in and out."""
+    advantages, advantage, after = [], 0.0, bootstrap
+    for r, v in zip(reversed(rewards), reversed(values), strict=True):
+        advantage = r + gamma * after - v + gamma * gae_lambda * advantage
+        advantages.insert(0, advantage)
+        after = v
+    return advantages
+
+
+@pytest.mark.parametrize("width", [1, 2, 63, 64, 65, 127, 128, 129, 300])
+def test_blocks_join_without_a_seam(width):
+    rewards, values, bootstrap = (random_rows(shape, width + k) for k, shape in enumerate([(3, width)] * 2 + [(3,)]))
+    got, _ = ppo.compute_gae(
+        rewards, values, torch.ones(3, width).bool(), gamma=0.999, gae_lambda=0.98, bootstrap_values=bootstrap
+    )
+    for row in range(3):
+        want = by_a_plain_loop(rewards[row].tolist(), values[row].tolist(), 0.999, 0.98, float(bootstrap[row]))
+        close(got[row], want, 1e-11)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("length", [1, 5, 64, 100])
+def test_padding_and_holes_change_no_bit(dtype, length):
+    """Not a rounding either: a response alone and in any batch have the same advantages."""
+    numbers = [random_rows((2, length), k).to(dtype) for k in (1, 2)]
+    bootstrap = random_rows((2,), 3).to(dtype)
+    options = {"gamma": 0.97, "gae_lambda": 0.9, "bootstrap_values": bootstrap}
+    want = ppo.compute_gae(*numbers, torch.ones(2, length).bool(), **options)
+    spread = sorted(torch.randperm(3 * length, generator=torch.Generator().manual_seed(length))[:length].tolist())
+    start = list(range(length))
+    for width, slots in [(length + 1, start), (length + 63, start), (4 * length + 70, start), (3 * length, spread)]:
+        wide = [torch.full((2, width), math.nan, dtype=dtype) for _ in numbers]
+        for target, x in zip(wide, numbers, strict=True):
+            target[:, slots] = x
+        got = ppo.compute_gae(*wide, mask_at([slots] * 2, width), **options)
+        for a, b in zip(got, want, strict=True):
+            assert a[:, slots].numpy().tobytes() == b.numpy().tobytes()
+
+
+def test_the_other_rows_change_no_bit():
+    rewards, values = random_rows((9, 70), 1).float(), random_rows((9, 70), 2).float()
+    mask = torch.ones(9, 70).bool()
+    want = ppo.compute_gae(rewards, values, mask, gamma=0.97, gae_lambda=0.9)[0]
+    for row in range(9):
+        alone = (x[row : row + 1] for x in (rewards, values, mask))
+        assert torch.equal(ppo.compute_gae(*alone, gamma=0.97, gae_lambda=0.9)[0][0], want[row])
+
+
+def test_each_row_may_have_its_own_lambda():
+    rewards, values, mask = random_rows((3, 90), 5), random_rows((3, 90), 6), random_rows((3, 90), 7) > -1
+    each = [0.0, 0.5, 1.0]
+    got = ppo.compute_gae(rewards, values, mask, gamma=0.9, gae_lambda=f64(each))
+    for row, gae_lambda in enumerate(each):
+        want = ppo.compute_gae(*(x[[row]] for x in (rewards, values, mask)), gamma=0.9, gae_lambda=gae_lambda)
+        assert all(torch.equal(a[[row]], b) for a, b in zip(got, want, strict=True))
+    with pytest.raises(ValueError, match="gae_lambda"):
+        ppo.compute_gae(rewards, values, mask, gamma=0.9, gae_lambda=f64([0.5]))
+
+
+def test_no_rows_are_no_error():
+    nothing = torch.zeros(0, 4)
+    advantages, returns = ppo.compute_gae(nothing, nothing, nothing.bool(), gamma=1.0, gae_lambda=1.0)
+    assert advantages.shape == returns.shape == (0, 4)
+
+
+def test_the_lambda_of_a_length_by_hand():
+    # alpha 0.05: 400 tokens 1 - 1 / 20 = 0.95; 100 tokens 0.8; 20 tokens 0; 10 would be -1 and is held at 0
+    lengths = [400, 100, 20, 10, 0]
+    mask = torch.arange(400) < torch.tensor(lengths)[:, None]
+    close(ppo.adaptive_lambda(mask, 0.05), [0.95, 0.8, 0.0, 0.0, 0.0])
+    holes = mask_of([[1, 0, 1, 0, 1, 1]])  # four tokens of the policy, whatever stands between them
+    close(ppo.adaptive_lambda(holes, 0.5), [0.5])

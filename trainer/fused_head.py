@@ -17,6 +17,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from trainer.objective import add_up
+
 # Log-probs [c], entropies [c] or None, which of the M tokens they are -> the loss (a sum over them), sums for the log.
 TokenLoss = Callable[[Tensor, Tensor | None, slice], tuple[Tensor, dict[str, Tensor]]]
 
@@ -62,17 +64,17 @@ def loss_of_tokens(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The sum of `token_loss` over all chunks, differentiable in `states` and the layer; and the sums of its log.
 
-    `token_loss` must be additive: what it says of two chunks together is what it says of each, added. `layer`, `states`
-    and `token` as in `score`. One that returns values under `max/...` has the largest of all chunks kept.
+    `token_loss` must be additive: what it says of two chunks together is what it says of each, added
+    (`objective.add_up`). It is asked of an empty chunk where there is no token. The other arguments as in `score`.
     """
-    sums: dict[str, Tensor] = {}
-    loss = _ChunkedLoss.apply(states, layer.weight, layer.bias, token, temperature, token_loss, with_entropy, sums)
-    return loss, sums
+    parts: list[dict[str, Tensor]] = []
+    loss = _ChunkedLoss.apply(states, layer.weight, layer.bias, token, temperature, token_loss, with_entropy, parts)
+    return loss, add_up(parts)
 
 
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, states, weight, bias, token, temperature, token_loss, with_entropy, sums):  # noqa: ANN001, ANN205
+    def forward(ctx, states, weight, bias, token, temperature, token_loss, with_entropy, parts):  # noqa: ANN001, ANN205
         weight_c, bias_c = weight.to(states.dtype), None if bias is None else bias.to(states.dtype)
         for_states, for_weight, for_bias = ctx.needs_input_grad[:3]
         d_states = torch.empty_like(states) if for_states else None
@@ -80,7 +82,7 @@ class _ChunkedLoss(torch.autograd.Function):
         d_bias = torch.zeros_like(bias) if for_bias else None
         total = torch.zeros((), dtype=_wide(states.dtype), device=states.device)
         size = chunk_size(len(weight), states.device)
-        for start in range(0, len(states), size):
+        for start in range(0, max(1, len(states)), size):
             at = slice(start, min(start + size, len(states)))
             logp = _log_softmax(states[at], weight_c, bias_c, temperature)
             ids = token[at, None]
@@ -91,7 +93,7 @@ class _ChunkedLoss(torch.autograd.Function):
                 wanted = [l] if e is None else [l, e]
                 g, *h = torch.autograd.grad(loss, wanted, allow_unused=True, materialize_grads=True)
             total += loss.detach()
-            accumulate(sums, of_chunk)
+            parts.append(of_chunk)
             if not (for_states or for_weight or for_bias):
                 continue
             d_logits = _d_logits(logp, e, ids, g, h[0] if h else None, temperature).to(states.dtype)
@@ -111,16 +113,6 @@ class _ChunkedLoss(torch.autograd.Function):
     def backward(ctx, upstream):  # noqa: ANN001, ANN205
         grads, ctx.grads = ctx.grads, None  # autograd may then keep these very buffers as .grad
         return (*(None if x is None else x.mul_(upstream.to(x.dtype)) for x in grads), *(None,) * 5)
-
-
-def accumulate(sums: dict[str, Tensor], more: dict[str, Tensor]) -> None:
-    """Add `more` to `sums`; of what is under `max/` keep the larger."""
-    for name, value in more.items():
-        value = value.detach()
-        if name not in sums:
-            sums[name] = value
-        else:
-            sums[name] = torch.maximum(sums[name], value) if name.startswith("max/") else sums[name] + value
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -31,8 +31,8 @@ from core.weights import Probe
 from trainer import engine_weights, ppo
 from trainer.batch import TrainBatch
 from trainer.engine_weights import PolicyWeights
-from trainer.fused_head import accumulate
-from trainer.model import Inputs, PolicyWithValueHead, Reference, inputs_of
+from trainer.model import Inputs, PolicyWithValueHead, Reference, inputs_of, inputs_of_texts
+from trainer.objective import RATIO_ERROR, TokenFields, add_up, policy_objective
 from trainer.packing import pack
 from trainer.ranks import Ranks
 
@@ -42,6 +42,9 @@ TOLERANCES = {
     "float32": {"ratio": 1e-4, "logprob_mean": 1e-5, "logprob_max": 1e-3, "probe": 3e-4},
     "bfloat16": {"ratio": 0.2, "logprob_mean": 0.02, "logprob_max": 1.0, "probe": 0.3},
 }
+
+
+_LOSS = "the loss itself"  # among the sums of a micro-batch: looked at, not logged
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,7 @@ class Learner:
         ranks: Ranks | None = None,
         *,
         critic: tuple[nn.Module, Tensor | None] | None = None,
+        texts: list[np.ndarray] | None = None,
     ) -> None:
         """
         Args:
@@ -70,6 +74,7 @@ class Learner:
             ref_lm: the same weights, frozen; None where the reference is the policy without its adapter.
             ranks: the processes of the job; None for one.
             critic: of `model.value_path`: a trunk and the [1, H] head to start from, if it has one.
+            texts: of `data.ptx_path`: ids of each text, at least two.
 
         Raises UserError for a launch in which the gradients of several processes would not be reduced.
         """
@@ -98,20 +103,19 @@ class Learner:
             self.policy.checkpoint_activations()
         self._last_lr = 0.0
         self._ranks_agree = self.ranks.size == 1  # equal parameters after a first step of this process were seen
+        self._texts = texts or []
         self.step = 0  # PPO updates that are done
         self._optimizer_steps = 0  # that are done
 
     def _adamw(self) -> torch.optim.AdamW:
         optim = self.cfg.optim
-        of_value = {id(p) for p in self.policy.value_parameters()}
         trained = [p for p in self.policy.parameters() if p.requires_grad]
-        groups = [
-            {"params": [p for p in trained if id(p) not in of_value], "peak_lr": optim.lr},
-            {
-                "params": [p for p in trained if id(p) in of_value],
-                "peak_lr": optim.lr if optim.value_lr is None else optim.value_lr,
-            },
-        ]
+        groups = [{"params": trained, "peak_lr": optim.lr}]
+        if optim.value_lr is not None:
+            of_value = {id(p) for p in self.policy.value_parameters()}
+            rest = [p for p in trained if id(p) not in of_value]
+            alone = [p for p in trained if id(p) in of_value]
+            groups = [{"params": rest, "peak_lr": optim.lr}, {"params": alone, "peak_lr": optim.value_lr}]
         return torch.optim.AdamW(
             groups,
             lr=optim.lr,
@@ -210,17 +214,37 @@ class Learner:
         Raises InvariantFault on a non-finite loss or gradient, and (with `run.checks`) if the ratios of the first
         mini-batch are not 1.
         """
-        sums, norms = Sums(), []
-        for epoch in range(self.cfg.ppo.ppo_epochs):
+        cfg, sums, norms = self.cfg.ppo, Sums(), []
+        for epoch in range(cfg.ppo_epochs):
+            of_epoch: list[dict[str, Tensor]] = []
             for index, mini in enumerate(self._mini_batches(batch, epoch)):
-                norms.append(self._optimizer_step(batch, mini, sums, first=epoch == index == 0))
+                norm, totals = self._optimizer_step(batch, mini, first=epoch == index == 0)
+                norms += [] if norm is None else [norm]
+                of_epoch.append(totals)
+            kl = self._add(sums, add_up(of_epoch))
+            if cfg.stop_kl is not None and kl > cfg.stop_kl:
+                break
         if self.cfg.run.checks and not self._ranks_agree:
             self._compare_ranks()
         self.step += 1
         means = sums.merge(self.ranks.sum_list).means()
-        means |= {"optim/lr": self._last_lr, "optim/grad_norm": sum(norms) / len(norms)}
-        ev = ppo.explained_variance(batch.values, batch.returns, batch.response_mask, all_reduce=self.ranks.sum)
-        return means | {"value/explained_variance": ev}
+        means |= {"optim/lr": self._last_lr, "ppo/epochs": epoch + 1}
+        if norms:  # ZeRO-0 clips, and does not tell by how much
+            means["optim/grad_norm"] = sum(norms) / len(norms)
+        if cfg.has_critic:
+            means["value/explained_variance"] = ppo.explained_variance(
+                batch.values, batch.returns, batch.response_mask, all_reduce=self.ranks.sum
+            )
+        return means
+
+    def _add(self, sums: Sums, totals: dict[str, Tensor]) -> float:
+        """Add what one epoch says to `sums`; its mean approx_kl over the tokens of all ranks."""
+        n, n_text = float(totals.pop("tokens")), float(totals.pop("text tokens", 0.0))
+        for name, total in totals.items():
+            if name != RATIO_ERROR and name != _LOSS:
+                sums.add(name, float(total), n_text if name == "loss/ptx" else n)
+        kl, n = self.ranks.sum_list([float(totals["ppo/approx_kl"]), n])
+        return kl / max(n, 1.0)
 
     def _mini_batches(self, batch: TrainBatch, epoch: int) -> list[_MiniBatch]:
         """The optimizer steps of one epoch, counted over all ranks before the first of them."""
@@ -241,21 +265,27 @@ class Learner:
             for mine, *of_ranks in zip(pieces, *counts, strict=True)
         ]
 
-    def _optimizer_step(self, batch: TrainBatch, mini: _MiniBatch, sums: Sums, *, first: bool) -> float:
-        """One optimizer step on this rank's rows; the gradient norm before clipping."""
+    def _optimizer_step(
+        self, batch: TrainBatch, mini: _MiniBatch, *, first: bool
+    ) -> tuple[float | None, dict[str, Tensor]]:
+        """One optimizer step on this rank's rows: the gradient norm before clipping, and what is logged, as sums."""
         factor = self._lr_factor(self._optimizer_steps)
         self._last_lr = self.cfg.optim.lr * factor
         for group in self._optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
-        totals: dict[str, Tensor] = {}
+        parts = [{"tokens": torch.zeros((), dtype=torch.float64, device=self.device)}]
+        if self._texts:
+            parts.append(self._backward_texts())
         for i, rows in enumerate([*mini.pieces, *[None] * (mini.n_micro - len(mini.pieces))]):
             micro = batch.idle() if rows is None else batch.rows(rows)
             last = i == mini.n_micro - 1
             self._accelerator.gradient_state._set_sync_gradients(last)
             with nullcontext() if last else self._accelerator.no_sync(self._engine):
-                loss = self._micro_loss(micro, mini.n_valid, totals)
+                loss, sums = self._micro_loss(micro, mini.n_valid)
+                n = torch.full_like(parts[0]["tokens"], float(micro.response_mask.sum()))
+                parts.append({**sums, "tokens": n, _LOSS: loss.detach().double()})
                 if last:  # DeepSpeed takes its step inside the last backward
-                    self._check_losses(totals, first)
+                    self._check_losses(parts, first)
                 self._accelerator.backward(loss * self.ranks.size)
         norm = self._accelerator.clip_grad_norm_(self._engine.parameters(), self.cfg.optim.max_grad_norm)
         if norm is not None and not 0 <= norm < math.inf:  # DeepSpeed says -1 where it met a NaN
@@ -264,15 +294,26 @@ class Learner:
         self._optimizer.step()
         self._optimizer.zero_grad()
         self._optimizer_steps += 1
-        n = float(totals["tokens"])
-        for name, total in totals.items():
-            if "/" in name and not name.startswith("max/"):
-                sums.add(name, float(total), n)
-        return float(norm) if norm is not None else 0.0
+        return None if norm is None else float(norm), add_up(parts)
 
-    def _check_losses(self, totals: dict[str, Tensor], first: bool) -> None:
+    def _backward_texts(self) -> dict[str, Tensor]:
+        """Gradients of the mixed-in texts, in micro-batches as large as those of the responses."""
+        rows, n_tokens = self._texts_of_step()
+        size, parts = self.cfg.ppo.micro_batch_size, []
+        for start in range(0, len(rows), size):
+            self._accelerator.gradient_state._set_sync_gradients(False)
+            with self._accelerator.no_sync(self._engine):
+                loss, total = self._text_loss(rows[start : start + size], n_tokens)
+                parts.append({"loss/ptx": total})
+                self._accelerator.backward(loss * self.ranks.size)
+        n = sum(len(self._texts[i]) - 1 for i in rows)
+        return add_up([*parts, {"text tokens": torch.full_like(total, float(n))}])
+
+    def _check_losses(self, parts: list[dict[str, Tensor]], first: bool) -> None:
         """Raise InvariantFault, on all ranks at once, for a loss that is no number or a first ratio off 1."""
-        loss, ratio_error = self.ranks.gather_max([float(totals["max/loss"]), float(totals["max/ratio_error"])])
+        losses = torch.stack([p[_LOSS].abs() for p in parts if _LOSS in p]).max()
+        errors = torch.stack([p[RATIO_ERROR] for p in parts if RATIO_ERROR in p]).max()
+        loss, ratio_error = self.ranks.gather_max([float(losses), float(errors)])
         if not math.isfinite(loss):
             raise InvariantFault(f"step {self.step + 1}: the loss is {loss}; the weights are as before it")
         if first and self.cfg.run.checks and not ratio_error <= self._limits["ratio"]:
@@ -295,72 +336,70 @@ class Learner:
             )
         self._ranks_agree = True
 
-    def _micro_loss(self, micro: TrainBatch, n_valid: float, totals: dict[str, Tensor]) -> Tensor:
-        """The share of one micro-batch in the loss of its optimizer step; what is logged of it is added to `totals`."""
+    def _micro_loss(self, micro: TrainBatch, n_valid: float) -> tuple[Tensor, dict[str, Tensor]]:
+        """The share of one micro-batch in the loss of its optimizer step, and what is logged of it, as sums."""
         cfg, mask = self.cfg.ppo, micro.response_mask
         warming = self.step < cfg.value_warmup_steps
 
         def flat(x: Tensor) -> Tensor:
             return x[mask].to(self.device)
 
-        old, advantages, returns, old_values = map(
-            flat, (micro.old_logprobs, micro.advantages, micro.returns, micro.values)
+        every = torch.ones(int(mask.sum()), dtype=torch.bool, device=self.device)
+        known = TokenFields(
+            mask=every,
+            old_logprobs=flat(micro.old_logprobs),
+            ref_logprobs=flat(micro.ref_logprobs),
+            rollout_logprobs=flat(micro.rollout_logprobs),
+            advantages=flat(micro.advantages),
         )
-        every = torch.ones_like(old, dtype=torch.bool)
 
         def token_loss(logprobs: Tensor, entropy: Tensor | None, at: slice) -> tuple[Tensor, dict[str, Tensor]]:
-            loss, stats = ppo.policy_loss(
-                logprobs,
-                old[at],
-                advantages[at],
-                every[at],
-                cliprange=cfg.cliprange,
-                cliprange_high=cfg.cliprange_high,
-                dual_clip=cfg.dual_clip,
-                normalizer=n_valid,
-            )
-            n = len(logprobs)
-            of_chunk = {f"ppo/{k}": stats[k] * n for k in ("approx_kl", "pg_clipfrac", "ratio_mean")}
-            of_chunk["loss/policy"] = loss.detach() * n_valid
-            off = (logprobs.detach() - old[at]).exp().sub(1).abs()
-            of_chunk["max/ratio_error"] = off.max() if n else off.new_zeros(())
-            if entropy is not None:
-                loss = loss - cfg.entropy_coef * entropy.sum() / n_valid
-            return loss * 0.0 if warming else loss, of_chunk
+            loss, sums = policy_objective(logprobs, entropy, known[at], cfg, n_valid)
+            return loss * 0.0 if warming else loss, sums
 
         inputs = inputs_of(micro, self.device, packed=self.policy.reader.packed)
-        pg_loss, values, _, of_tokens = self._engine(
+        pg_loss, values, _, sums = self._engine(
             inputs,
             self.cfg.rollout.temperature,
             token_loss,
             with_entropy=cfg.entropy_coef > 0,
             value_only=warming,
         )
-        m = len(old)
         vf_loss, vf_stats = ppo.value_loss(
-            values[:m], old_values, returns, every, cliprange_value=cfg.cliprange_value, normalizer=n_valid
+            values[: len(every)],
+            flat(micro.values),
+            flat(micro.returns),
+            every,
+            cliprange_value=cfg.cliprange_value,
+            normalizer=n_valid,
         )
-        loss = pg_loss + cfg.vf_coef * vf_loss
-        empty = torch.zeros((), device=self.device)
-        accumulate(
-            totals,
-            {
-                "tokens": empty + m,
-                "loss/policy": empty,
-                "max/ratio_error": empty,
-                **{f"ppo/{k}": empty for k in ("approx_kl", "pg_clipfrac", "ratio_mean")},
-            },
-        )
-        accumulate(totals, of_tokens)
-        accumulate(
-            totals,
-            {
-                "loss/value": vf_loss * n_valid,
-                "ppo/vf_clipfrac": vf_stats["vf_clipfrac"] * m,
-                "max/loss": loss.detach().abs(),  # torch.maximum keeps a NaN
-            },
-        )
-        return loss
+        # Without a critic times 0, not left out: DDP wants a gradient for every parameter.
+        loss = pg_loss + (cfg.vf_coef if cfg.has_critic else 0.0) * vf_loss
+        if cfg.has_critic:
+            sums["loss/value"] = vf_loss.detach().double() * n_valid
+            sums["ppo/vf_clipfrac"] = vf_stats["vf_clipfrac"].double() * len(every)
+        return loss, sums
+
+    def _text_loss(self, rows: np.ndarray, n_tokens: int) -> tuple[Tensor, Tensor]:
+        """ptx_coef times the share of some texts in the LM loss of an optimizer step, and the sum of their losses."""
+
+        def token_loss(logprobs: Tensor, entropy: Tensor | None, at: slice) -> tuple[Tensor, dict[str, Tensor]]:
+            total = -logprobs.sum()
+            return self.cfg.ppo.ptx_coef * total / n_tokens, {"loss/ptx": total.detach().double()}
+
+        inputs = inputs_of_texts([self._texts[i] for i in rows], self.device, packed=self.policy.reader.packed)
+        loss, values, _, sums = self._engine(inputs, 1.0, token_loss)
+        return loss + 0.0 * values.sum(), sums["loss/ptx"]
+
+    def _texts_of_step(self) -> tuple[np.ndarray, int]:
+        """Which texts this rank mixes into the next optimizer step, and the tokens of those of all ranks.
+
+        As many as the step has responses, so every rank has the same number, drawn by (seed, optimizer step) alone.
+        """
+        rng = np.random.default_rng([self.cfg.run.seed, self._optimizer_steps])
+        of_each = max(1, self.cfg.ppo.mini_batch_size // self.ranks.size)
+        chosen = rng.integers(len(self._texts), size=of_each * self.ranks.size)
+        return chosen[self.ranks.index :: self.ranks.size], sum(len(self._texts[i]) - 1 for i in chosen)
 
     @property
     def probe_tolerance(self) -> float:

@@ -22,7 +22,7 @@ from core.metrics import Sums
 from core.schema import Config
 from core.trajectory import PromptRequest, Trajectory
 from core.weights import Probe
-from trainer import ppo
+from trainer import estimators, ppo
 from trainer.batch import TrainBatch
 from trainer.evaluate import evaluation_sums
 from trainer.learner import Learner
@@ -136,7 +136,16 @@ def train(
             weights=weights,
             all_reduce=ranks.sum,
         )
-        batch = credit(cfg, batch.fill(token_rewards=combined.token_rewards), state.kl.coef, ranks.sum)
+        credit_means: dict[str, float] = {}
+        batch = credit(
+            cfg,
+            batch.fill(token_rewards=combined.token_rewards),
+            state.kl.coef,
+            ranks.sum,
+            gather=ranks.gather,
+            running=state.running,
+            report=credit_means,
+        )
 
         with log.time("update"):
             update_means = learner.update(batch)
@@ -144,7 +153,7 @@ def train(
             publisher.publish(step)
 
         means = rollout_sums(batch, combined, trajectories, version=step - 1).merge(ranks.sum_list).means()
-        means |= policy_means | update_means | {"objective/kl_coef": state.kl.coef}
+        means |= policy_means | credit_means | update_means | {"objective/kl_coef": state.kl.coef}
         means |= {f"reward/{name}/weight": weight for name, weight in weights.items()}
         for what, values in attribution(combined, batch.response_lengths, all_reduce=ranks.sum).items():
             means |= {f"reward/{name}/{what}": value for name, value in values.items()}
@@ -162,25 +171,47 @@ def train(
         on_step(step)
 
 
-def credit(cfg: Config, batch: TrainBatch, kl_coef: float, all_reduce: Callable[[Tensor], Tensor]) -> TrainBatch:
-    """Token rewards -> rewards, advantages, returns (DESIGN.md section 7, in its order)."""
-    rewards = ppo.shape_rewards(
-        batch.token_rewards,
-        batch.old_logprobs,
-        batch.ref_logprobs,
-        batch.response_mask,
-        kl_coef=kl_coef,
+def credit(
+    cfg: Config,
+    batch: TrainBatch,
+    kl_coef: float,
+    all_reduce: Callable[[Tensor], Tensor],
+    *,
+    gather: Callable[[Any], list[Any]] | None = None,
+    running: dict[str, RunningMoments] | None = None,
+    report: dict[str, float] | None = None,
+) -> TrainBatch:
+    """Token rewards -> rewards, advantages, returns (DESIGN.md section 7, in its order).
+
+    `gather`: as `Ranks.gather`; None for one process. `running`: of TrainState, updated in place. `report`: is given
+    the means of this step under names of core/metrics.py, the same on every rank.
+    """
+    p, mask = cfg.ppo, batch.response_mask
+    running, report = {} if running is None else running, {} if report is None else report
+    token_rewards, reward_scale = estimators.scale_rewards(
+        batch.token_rewards, mask, p.scale_rewards, all_reduce=all_reduce
     )
-    advantages, returns = ppo.compute_gae(
+    rewards = ppo.shape_rewards(token_rewards, batch.old_logprobs, batch.ref_logprobs, mask, kl_coef=kl_coef)
+    unit = estimators.value_scale(running)  # of what the critic predicts: 1 unless `scale_values`
+    estimate = estimators.estimate(
+        p,
         rewards,
-        batch.values,
-        batch.response_mask,
-        gamma=cfg.ppo.gamma,
-        gae_lambda=cfg.ppo.gae_lambda,
-        bootstrap_values=batch.bootstrap_values,
+        batch.values * unit,
+        mask,
+        bootstrap_values=batch.bootstrap_values * unit,
+        groups=torch.from_numpy(batch.order[:, 0]),
+        all_reduce=all_reduce,
+        gather=gather,
     )
-    if cfg.ppo.whiten_advantages:
-        advantages = ppo.whiten(advantages, batch.response_mask, all_reduce=all_reduce)
+    advantages, returns = estimate.advantages, estimate.returns
+    if p.whitens:
+        advantages = ppo.whiten(advantages, mask, all_reduce=all_reduce)
+    if p.scale_rewards != "none":
+        report["credit/reward_scale"] = reward_scale
+    if p.scale_values != "none":
+        returns, report["value/scale"] = estimators.scale_returns(returns, mask, running, all_reduce=all_reduce)
+    if p.compares_samples:
+        report["credit/lone_frac"] = estimate.lone_frac
     return batch.fill(rewards=rewards, returns=returns, advantages=advantages)
 
 

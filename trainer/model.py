@@ -60,6 +60,22 @@ def inputs_of(batch: TrainBatch, device: torch.device, *, packed: bool) -> Input
     )
 
 
+def inputs_of_texts(texts: list[np.ndarray], device: torch.device, *, packed: bool) -> Inputs:
+    """Texts as responses to their first token: every other token is scored."""
+    n = torch.tensor([len(x) - 1 for x in texts])
+    ids = torch.zeros(len(texts), 1 + int(n.max()), dtype=torch.long)
+    for row, x in zip(ids, texts, strict=True):
+        row[: len(x)] = torch.from_numpy(x)
+    ones, mask = torch.ones_like(n), torch.arange(int(n.max())) < n[:, None]
+    return Inputs(
+        packed=pack(ids, ones, n, mask, np.arange(len(texts)), device) if packed else None,
+        input_ids=ids.to(device),
+        prompt_lengths=ones.to(device),
+        response_lengths=n.to(device),
+        mask=mask.to(device),
+    )
+
+
 class CausalForward:
     """How a causal LM is read: what it computes before each scored token, and their log-probs.
 

@@ -21,6 +21,7 @@ import tiny_models  # noqa: E402
 from core.config import load  # noqa: E402
 from launch import learners  # noqa: E402
 from rollout.engines.transformers_engine import TransformersEngine  # noqa: E402
+from trainer import engine_weights  # noqa: E402
 from trainer.batch import TrainBatch  # noqa: E402
 from trainer.learner import Learner  # noqa: E402
 from trainer.loop import credit  # noqa: E402
@@ -50,7 +51,7 @@ def configured(case: dict) -> object:
 
 def gradients(it: Learner) -> dict[str, list[float]]:
     """Of the first step, whole, from AdamW's first moment: exp_avg = (1 - beta1) * gradient."""
-    if it._sharded:
+    if hasattr(it._optimizer.optimizer, "bit16_groups") or hasattr(it._optimizer.optimizer, "fp16_groups"):  # ZeRO
         from deepspeed.utils import safe_get_full_optimizer_state as full
 
         moments = {name: full(p, "exp_avg") for name, p in it.policy.named_parameters()}
@@ -70,11 +71,13 @@ def main(out: Path, task: dict) -> None:
             cfg = configured(case)
             bounds = [sum(case["shards"][:i]) for i in range(ranks.size + 1)] if ranks.size > 1 else [0, N]
             mine = trajectories[bounds[ranks.index] : bounds[ranks.index + 1]]
-            it = Learner(cfg, accelerator, tiny_models.make_model(name), tiny_models.make_model(name), ranks)
+            with learners.loading_whole(accelerator):
+                models = [tiny_models.make_model(name) for _ in range(2)]
+            it = Learner(cfg, accelerator, *models, ranks)
             batch, before = it.annotate(TrainBatch.collate(mine, ["a"]))
             batch = credit(cfg, batch.fill(token_rewards=batch.component_rewards["a"].float()), 0.02, ranks.sum)
             means = it.update(batch)
-            parameters = {n: p.detach().flatten().tolist() for n, p in it.policy.named_parameters()}
+            parameters = {n: p.detach().flatten().tolist() for n, p in engine_weights.whole_parameters(it.policy)}
             results.append(
                 {"case": case, "means": before | means, "gradients": gradients(it), "parameters": parameters}
             )
