@@ -34,7 +34,7 @@ def plan(cfg: Config, learners: int = 1) -> str:
     servers = learners * cfg.resources.reward_servers
     rewards = ", ".join(f"{name} x {_weight(spec)}" for name, spec in cfg.rewards.items())
     least, most = (f"{n:.1f}" for n in prompts.visits(cfg.run.steps * cfg.prompts_per_step))
-    seen = f"each {least}" if least == most else f"the rarest {most} and the most frequent {least}"
+    seen = f"each {least}" if least == most else f"each between {least} and {most}"
     store = f"{cfg.resources.object_store_mb} MiB" if cfg.resources.ray_address is None else cfg.resources.ray_address
     lines = [
         f"model      {cfg.model.path}: {n_parameters / 1e6:.2f} M parameters, {n_layers} layers, {cfg.model.dtype}",

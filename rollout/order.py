@@ -14,7 +14,7 @@ steps lead from an ordinal to a row, and each can be computed by any process for
 Legend: G groups, N rows, n rows of one group.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -109,12 +109,12 @@ class Order:
         self._lengths.clear()
         self._epochs.clear()
 
-    def leave_out(self, row: int, position: int) -> None:
-        """Leave a row out of all epochs of its group that no ordinal below `position` has begun."""
-        if self._leaves[row] == STAYS:
-            g = int(self._group_of[row])
+    def leave_out(self, rows: Iterable[int], position: int) -> None:
+        """Leave rows out of all epochs of their groups that no ordinal below `position` has begun."""
+        rows = np.array([row for row in rows if self._leaves[row] == STAYS], dtype=np.int64)
+        for g in np.unique(self._group_of[rows]).tolist():
             drawn = self.drawn(g, position)
-            self._leaves[row] = self._epoch(g, drawn - 1)[0] + 1 if drawn else 0
+            self._leaves[rows[self._group_of[rows] == g]] = self._epoch(g, drawn - 1)[0] + 1 if drawn else 0
             self._lengths.pop(g, None)
             self._epochs.pop(g, None)
 

@@ -340,12 +340,14 @@ class PromptStream:
         if flat:
             means["data/no_signal_frac"] = sum(flat.values()) / len(flat)
         if self._skip_solved is not None:
-            for row, is_flat in [(self.order.row_at(ordinal), is_flat) for ordinal, is_flat in flat.items()]:
-                self._flat_visits[row] = self._flat_visits.get(row, 0) + 1 if is_flat else 0
-                if self._flat_visits[row] >= self._skip_solved:
-                    self.order.leave_out(row, self.position)
-                if not self._flat_visits[row]:
-                    del self._flat_visits[row]
+            leaving = []
+            for ordinal, is_flat in flat.items():
+                row = self.order.row_at(ordinal)
+                before = self._flat_visits.pop(row, 0)
+                if is_flat:
+                    self._flat_visits[row] = before + 1
+                    leaving += [row] * (before + 1 >= self._skip_solved)
+            self.order.leave_out(leaving, self.position)
             means["data/rows_left_out"] = len(self.order.left_out)
         return means
 

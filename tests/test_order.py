@@ -121,14 +121,13 @@ def test_a_row_left_out_is_missing_from_the_epochs_that_had_not_begun():
     """4 rows; after 6 prompts epoch 1 has begun, so row 2 goes from epoch 2 on: lengths 4, 4, 3, 3."""
     order = Order.of_all(4, seed=0, shuffle=True)
     before = [order.row_at(i) for i in range(20)]
-    order.leave_out(2, position=6)
+    order.leave_out([2], position=6)
     after = [order.row_at(i) for i in range(20)]
     assert order.left_out == {2: 2} and after[:8] == before[:8]
     assert sorted(after[8:11]) == sorted(after[11:14]) == [0, 1, 3]
-    order.leave_out(2, position=14)  # a second time changes nothing
+    order.leave_out([2], position=14)  # a second time changes nothing
     assert order.left_out == {2: 2}
-    for row in (0, 1, 3):
-        order.leave_out(row, position=9)
+    order.leave_out([0, 3, 1], position=9)
     assert [order.row_at(i) for i in range(11)] == after[:11]
     assert sorted(order.row_at(i) for i in range(11, 15)) == [0, 1, 2, 3]  # none is left: all are back
 
@@ -143,8 +142,7 @@ def test_what_was_left_out_is_the_whole_state(data):
         taken = [one.row_at(i) for i in range(position, position + data.draw(st.integers(1, 9)))]
         seen = [one.row_at(i) for i in range(position + len(taken))]
         position += len(taken)
-        for row in data.draw(st.sets(st.sampled_from(taken))):
-            one.leave_out(row, position)
+        one.leave_out(data.draw(st.sets(st.sampled_from(taken))), position)
         assert [one.row_at(i) for i in range(position)] == seen  # the past does not change
         other = mixture(*sizes)
         other.left_out = one.left_out

@@ -11,7 +11,7 @@ import tiny_models
 from cards_run import Run, same_numbers
 
 REWARDS = """
-def seen(completions, prompt, dataset, n, extra, **_):
+def seen(completions, prompts, dataset, n, extra):
     # Rows of even number have no signal; the others pay by what was written.
     return [0.0 if i % 2 == 0 else len(text) / 10 for i, text in zip(n, completions)]
 
