@@ -18,28 +18,33 @@ from pydantic import TypeAdapter, ValidationError
 
 from core.faults import UserError
 from core.reward_name import RewardName
-from core.schema import Config, RewardConfig, leaf_keys
+from core.schema import DATA_FILES, Config, RewardConfig, leaf_keys
 
-
-def _is_path(key: str) -> bool:
-    return key in ("model.path", "data.path", "data.eval_path", "data.ptx_path", "run.dir") or bool(
-        re.fullmatch(r"rewards\.[^.]+\.fn", key)
-    )
+PATHS = ("model.path", "model.value_path", "data.path", "data.eval_path", "data.ptx_path", "run.dir")
+FUNCTION = re.compile(r"rewards\.[^.]+\.fn|data\.augment")
+WHOLE = re.compile(r"rewards\.[^.]+\.options|data\.mixture")  # their keys are the user's own, dots and all
 
 
 def _anchor(key: str, value: Any, folder: Path) -> Any:
     """Resolve a relative path against `folder`. A name that is no path here (a hub id, a module) stays as it is."""
-    if not isinstance(value, str) or not value or not _is_path(key):
+    if key == "data.mixture" and isinstance(value, dict):
+        anchored = {_anchor("data.path", str(name), folder): weight for name, weight in value.items()}
+        if len(anchored) < len(value):
+            raise UserError(f"data.mixture = {value}: names one dataset twice; give it once, with the sum of weights")
+        return anchored
+    if not isinstance(value, str) or not value:
         return value
-    if key.endswith(".fn"):
+    if FUNCTION.fullmatch(key):
         try:
             return str(RewardName.parse(value).anchored(folder))
         except ValueError:  # said in full where it is loaded
             return value
+    if key not in PATHS:
+        return value
     candidate = Path(os.path.expanduser(value))
     resolved = candidate if candidate.is_absolute() else folder / candidate
     looks_like_path = key == "run.dir" or value.startswith((".", "/", "~"))
-    if looks_like_path or resolved.exists() or Path(value).suffix in (".jsonl", ".json", ".parquet"):
+    if looks_like_path or resolved.exists() or Path(value).suffix in DATA_FILES:
         return os.path.normpath(resolved.absolute())
     return value
 
@@ -57,7 +62,7 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in tree.items():
         key = f"{prefix}{name}"
-        if isinstance(value, dict) and value and not re.fullmatch(r"rewards\.[^.]+\.options", key):
+        if isinstance(value, dict) and value and not WHOLE.fullmatch(key):
             flat.update(_flatten(value, f"{key}."))
         else:
             flat[key] = value

@@ -294,6 +294,29 @@ SECTIONS: dict[str, tuple[Metric, ...]] = {
         ),
     ),
     "Is it cheating?": _RESPONSE,
+    "Is there something to learn from?": (
+        Metric(
+            "data/epochs",
+            "Prompts that were drawn since the run began, for each row of the data.",
+            "1",
+            "rows to train on",
+            "below 10; beyond that look whether eval/reward/total still follows reward/total",
+        ),
+        Metric(
+            "data/no_signal_frac",
+            "Prompts whose samples all got one and the same total reward. Logged with several samples a prompt.",
+            SHARE,
+            "prompts of all ranks with at least two samples",
+            "below 50 %; above it the prompts are too easy or too hard: see data.skip_solved",
+        ),
+        Metric(
+            "data/rows_left_out",
+            "Rows that data.skip_solved leaves out of the epochs to come. Logged with it.",
+            "rows",
+            "none: one value per step",
+            "rises slowly; near all rows the data is used up",
+        ),
+    ),
     "Is it fresh?": (
         Metric(
             "staleness/mean",

@@ -2,12 +2,14 @@
 
 import re
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from core.metrics import RESERVED_COMPONENTS
+
+DATA_FILES = (".jsonl", ".json", ".parquet")
 
 
 class Section(BaseModel):
@@ -53,24 +55,90 @@ class ModelConfig(Section):
 
 
 class DataConfig(Section):
-    path: str = Field(min_length=1)
-    """Prompts: a JSONL or Parquet file, or a dataset id. Every column but the prompt reaches the rewards. Required."""
+    path: str | None = Field(None, min_length=1)
+    """Prompts: a JSONL or Parquet file, or a dataset id. Every column but the prompt reaches the rewards. This or
+    `data.mixture` is required."""
+    mixture: dict[str, Annotated[float, Field(gt=0)]] = {}
+    """Several of those instead of `data.path`, each with its share of the prompts of every step, e.g.
+    {math.jsonl: 3, chat.jsonl: 1}. A column `dataset` with its name reaches the rewards."""
     split: str = "train"
     """Split of a dataset id; a file is one split."""
     prompt_column: str = "prompt"
     """Column with the prompt: text, or a list of messages (the tokenizer's chat template is applied)."""
     eval_path: str | None = None
-    """Held-out prompts in the same form; no evaluation without it."""
+    """Held-out prompts in the same form; no evaluation without it or `data.eval_frac`."""
     eval_split: str = "test"
     """Split of `data.eval_path` where that is a dataset id."""
     eval_prompts: int = Field(500, ge=1)
     """How many held-out prompts an evaluation answers, one sample each: the first ones of the file."""
     ptx_path: str | None = None
     """Texts for the language-modelling loss of `ppo.ptx_coef`: a JSONL or Parquet file, or a dataset id."""
+    eval_frac: float = Field(0.0, ge=0, lt=1)
+    """Without `data.eval_path`: hold out this share of the training prompts. A digest of the prompt decides, so that
+    equal prompts lie on one side, and stay there when rows are added."""
     max_prompt_tokens: int = Field(1024, ge=1)
     """Longest prompt in tokens; a longer one is an error that names its row."""
     shuffle: bool = True
     """A new order in each epoch, a function of `run.seed` and the epoch."""
+    balance_column: str | None = None
+    """Draw the values of this column more evenly than they are frequent; rows without one are a value of their own."""
+    balance: float = Field(1.0, ge=0, le=1)
+    """How evenly: a value with n rows is drawn in proportion to n^(1 - balance): 1 all equally often, 0 as they are."""
+    difficulty_column: str | None = None
+    """A column of numbers, low for easy: the first epochs go from easy to hard."""
+    curriculum_epochs: int = Field(1, ge=1)
+    """How many epochs `difficulty_column` orders: the first strictly, each later one more loosely."""
+    skip_solved: int | None = Field(None, ge=1)
+    """Leave a prompt out of later epochs once all its samples got one and the same total reward in so many visits in
+    a row: solved or hopeless, it teaches nothing. null: never. Wants `rollout.n_samples_per_prompt` > 1."""
+    augment: str | None = Field(None, min_length=1)
+    """`file.py:function` or `package.module:function`: called with (row, rng) for each training prompt that is drawn,
+    gives the row to use. `rng` is numpy's, seeded by `run.seed` and the number of the prompt."""
+
+    @property
+    def sources(self) -> dict[str, float]:
+        """Path or id of each dataset to train on -> its weight."""
+        return {self.path: 1.0} if self.path is not None else self.mixture
+
+    @property
+    def source_names(self) -> dict[str, str]:
+        """Path or id of each dataset to train on -> its short name: that of the file, where no other has it."""
+        short = {path: Path(path).stem if path.endswith(DATA_FILES) else path for path in self.sources}
+        names = list(short.values())
+        return {path: name if names.count(name) == 1 else path for path, name in short.items()}
+
+    @property
+    def key(self) -> str:
+        """The key that names the training prompts, for messages."""
+        return "data.path" if self.path is not None else "data.mixture"
+
+    @property
+    def label(self) -> str:
+        """The training prompts in a few words."""
+        return " + ".join(self.sources)
+
+    @property
+    def has_held_out(self) -> bool:
+        return self.eval_path is not None or self.eval_frac > 0
+
+    @model_validator(mode="after")
+    def _fits(self) -> "DataConfig":
+        def refuse(leaf: str, value: object, remedy: str) -> None:
+            raise PydanticCustomError("within", "{remedy}", {"leaf": leaf, "value": value, "remedy": remedy})
+
+        if self.path is None and not self.mixture:
+            refuse("path", "null", "is required, or data.mixture; set one in the config file or with --data.path VALUE")
+        if self.path is not None and self.mixture:
+            refuse("mixture", dict(self.mixture), f"data.path = {self.path} is given too; take one of the two away")
+        if self.eval_path is not None and self.eval_frac:
+            refuse("eval_frac", self.eval_frac, f"data.eval_path = {self.eval_path} is given too; take one of the two")
+        if self.balance_column is None and self.balance != 1:
+            refuse("balance", self.balance, "does nothing without data.balance_column; name the column to balance")
+        if self.difficulty_column is None and self.curriculum_epochs != 1:
+            refuse("curriculum_epochs", self.curriculum_epochs, "does nothing without data.difficulty_column; name one")
+        if self.difficulty_column is not None and not self.shuffle:
+            refuse("shuffle", "false", "data.difficulty_column sets an order too; take one of the two away")
+        return self
 
 
 class RolloutConfig(Section):
@@ -350,6 +418,9 @@ class Config(Section):
         if batch % mini:
             near = _nearest_divisors(batch, mini)
             refuse("ppo.mini_batch_size", mini, f"does not divide rollout.batch_size {batch}; nearest are {near}")
+        if self.data.skip_solved is not None and n == 1:
+            remedy = "one sample has no variance; set rollout.n_samples_per_prompt to 2 or more, or leave it out"
+            refuse("data.skip_solved", self.data.skip_solved, remedy)
         if self.ppo.target_kl is not None and self.ppo.kl_horizon < batch:
             refuse(
                 "ppo.kl_horizon", self.ppo.kl_horizon, f"is less than one batch: at least {batch} keeps kl_coef above 0"

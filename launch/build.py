@@ -13,7 +13,15 @@ from launch.cluster import thread_plan
 from reward_server.client import RewardClient
 from rollout.engines.transformers_engine import TransformersEngine, stop_ids
 from rollout.group import RolloutGroup
-from rollout.prompts import EVAL_SEED, PromptStream, load_rows
+from rollout.prompts import (
+    EVAL_SEED,
+    Place,
+    PromptStream,
+    load_rows,
+    load_training_rows,
+    split_off,
+    training_order,
+)
 from rollout.shares import Exchange, Rollouts, Shares
 
 
@@ -74,19 +82,38 @@ def response_room(cfg: Config) -> int | None:
 def prompt_streams(
     cfg: Config, tokenizer: Any, rows: list[dict] | None = None, eval_rows: list[dict] | None = None
 ) -> tuple[PromptStream, PromptStream | None]:
-    """Training prompts and held-out ones (None without `data.eval_path`). `rows` stand in for files."""
-    stop = stop_ids(cfg.model.path, tokenizer.eos_token_id)
-    make = functools.partial(PromptStream, tokenizer=tokenizer, data=cfg.data, window=response_room(cfg), stop=stop)
+    """Training prompts and held-out ones (None without `data.eval_path` and `data.eval_frac`). `rows` stand in for
+    files."""
+    data, stop = cfg.data, stop_ids(cfg.model.path, tokenizer.eos_token_id)
+    make = functools.partial(PromptStream, tokenizer=tokenizer, data=data, window=response_room(cfg), stop=stop)
+    make_held_out = functools.partial(make, run_id="eval", seed=EVAL_SEED)
     if rows is None:
-        rows = load_rows(cfg.data.path, cfg.data.split)
-    early.refuse_reserved(rows, cfg.data.prompt_column)
-    training = make(rows, run_id=cfg.run.name, seed=cfg.run.seed, shuffle=cfg.data.shuffle)
-    if eval_rows is None and cfg.data.eval_path is not None:
-        eval_rows = load_rows(cfg.data.eval_path, cfg.data.eval_split, "data.eval_path")
-    if eval_rows is None:
-        return training, None
-    early.refuse_reserved(eval_rows, cfg.data.prompt_column)
-    held_out = make(eval_rows, run_id="eval", seed=EVAL_SEED, shuffle=False, source="data.eval_path")
+        rows, places = load_training_rows(data)
+    else:
+        places = [Place("data.path", i) for i in range(len(rows))]
+    early.refuse_reserved(rows, data.prompt_column)
+    held_out = None
+    if data.eval_frac:
+        kept, off = split_off(rows, places, data)
+        held_out = make_held_out([rows[i] for i in off], places=[places[i] for i in off])
+        rows, places = [rows[i] for i in kept], [places[i] for i in kept]
+    augment = early.load_augment(data.augment) if data.augment is not None else None
+    training = make(
+        rows,
+        run_id=cfg.run.name,
+        seed=cfg.run.seed,
+        order=training_order(rows, places, data, cfg.run.seed),
+        places=places,
+        augment=augment,
+        skip_solved=data.skip_solved,
+    )
+    if eval_rows is None and data.eval_path is not None:
+        eval_rows = load_rows(data.eval_path, data.eval_split, "data.eval_path")
+    if eval_rows is not None:
+        early.refuse_reserved(eval_rows, data.prompt_column)
+        if data.mixture:  # what a reward asks for in training it asks for here too
+            eval_rows = [{"dataset": "held_out"} | row for row in eval_rows]
+        held_out = make_held_out(eval_rows, source="data.eval_path")
     return training, held_out
 
 

@@ -94,7 +94,7 @@ def prepare_hub(cfg: Config) -> None:
 
     Left alone it tries each file six times over 23 s; no setting of its own bounds that.
     """
-    named = [cfg.model.path, cfg.data.path, cfg.data.eval_path]
+    named = [cfg.model.path, *cfg.data.sources, cfg.data.eval_path]
     if all(name is None or Path(name).is_absolute() for name in named) or "HF_HUB_OFFLINE" in os.environ:
         return
     if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):

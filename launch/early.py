@@ -15,7 +15,7 @@ from typing import Any
 
 from core.faults import UserError
 from core.reward_name import RewardName
-from core.schema import Config
+from core.schema import DATA_FILES, Config
 from launch import cluster, room, run_folder
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -56,9 +56,18 @@ def refuse(cfg: Config) -> set[str] | None:
 
 def refuse_missing(cfg: Config) -> None:
     """Raise UserError for files and folders that the configuration names and that are not there. Imports nothing."""
-    for key, path in (("data.path", cfg.data.path), ("data.eval_path", cfg.data.eval_path)):
-        if path is not None and path.endswith((".jsonl", ".json", ".parquet")) and not Path(path).is_file():
+    for key, path in (*((cfg.data.key, path) for path in cfg.data.sources), ("data.eval_path", cfg.data.eval_path)):
+        if path is not None and path.endswith(DATA_FILES) and not Path(path).is_file():
             raise UserError(f"{key} = {path}: there is no such file")
+    if cfg.data.augment is not None:
+        try:
+            name = RewardName.parse(cfg.data.augment)
+        except ValueError as error:
+            raise UserError(f"data.augment = {cfg.data.augment}: {error}") from None
+        if name.is_url or name.adapter:
+            raise UserError(f"data.augment = {cfg.data.augment}: must be `path/file.py:fn` or `pkg.mod:fn`")
+        if name.file is not None and not name.file.is_file():
+            raise UserError(f"data.augment = {cfg.data.augment}: there is no file {name.file}")
     if Path(cfg.model.path).is_absolute() and not Path(cfg.model.path).is_dir():
         raise UserError(f"model.path = {cfg.model.path}: there is no such folder; give one, or a hub id (owner/name)")
     for name, spec in cfg.rewards.items():
@@ -167,44 +176,59 @@ def refuse_prompts(cfg: Config, config: dict[str, Any] | None) -> set[str] | Non
     """Raise UserError for prompts that no run takes: files of another kind, broken lines, rows without a prompt, and
     prompts that are certainly too long. `config` is the model's config.json where that is at hand.
 
-    Gives the columns of data.path; None where it was not read.
+    Gives the columns that rewards get in training; None where not all was read, or `data.augment` may make others.
     """
-    from rollout.prompts import columns_of, load_rows, not_fitting, prompt_of
+    from rollout.prompts import Place, columns_of, load_rows, load_training_rows, split_off, training_order
 
-    limit = cfg.data.max_prompt_tokens
+    data, limit = cfg.data, cfg.data.max_prompt_tokens
     window = (config or {}).get("max_position_embeddings") or (config or {}).get("n_positions")
     if isinstance(window, int):
         refuse_response(cfg, window)
         limit = min(limit, window - cfg.rollout.max_new_tokens)
     tokenizer = _quick_tokenizer(Path(cfg.model.path) / "tokenizer.json")
     columns = None
-    for key, path, split in (
-        ("data.path", cfg.data.path, cfg.data.split),
-        ("data.eval_path", cfg.data.eval_path, cfg.data.eval_split),
-    ):
-        if path is None or Path(path).suffix not in (".jsonl", ".json", ".parquet"):
-            continue
-        if not Path(path).is_file() or Path(path).stat().st_size > LARGE:
-            continue
-        rows = load_rows(path, split, key)
+    if all(map(_is_quickly_read, data.sources)):
+        rows, places = load_training_rows(data)
+        refuse_reserved(rows, data.prompt_column)
+        _refuse_rows(cfg, config, rows, places, tokenizer, limit)
+        if data.eval_frac:
+            kept, _ = split_off(rows, places, data)
+            rows, places = [rows[i] for i in kept], [places[i] for i in kept]
+        training_order(rows, places, data, cfg.run.seed)
+        columns = columns_of(rows, data.prompt_column) if data.augment is None else None
+    if data.eval_path is not None and _is_quickly_read(data.eval_path):
+        rows = load_rows(data.eval_path, data.eval_split, "data.eval_path")
         if not rows:
-            raise UserError(f"{key} = {path}: has no rows; each line must be an object with `{cfg.data.prompt_column}`")
-        refuse_reserved(rows, cfg.data.prompt_column)
-        if key == "data.path":
-            columns = columns_of(rows, cfg.data.prompt_column)
-        for i, row in enumerate(rows):
-            prompt = prompt_of(row, cfg.data.prompt_column, key, i)
-            # A token is at least a byte of most texts: the short ones need no counting.
-            if tokenizer is not None and isinstance(prompt, str) and len(prompt.encode()) > limit:
-                n = len(tokenizer.encode(prompt, add_special_tokens=False).ids)
-                if n > limit:
-                    raise UserError(not_fitting(key, i, n, limit))
-            if isinstance(prompt, list) and config is not None and not _has_chat_template(Path(cfg.model.path)):
-                raise UserError(
-                    f"{key}: the prompt of row {i + 1} is a list of messages, and the tokenizer in {cfg.model.path} has"
-                    " no chat template; give it one, or plain text"
-                )
+            raise UserError(
+                f"data.eval_path = {data.eval_path}: has no rows; each line must be an object with"
+                f" `{data.prompt_column}`"
+            )
+        refuse_reserved(rows, data.prompt_column)
+        _refuse_rows(cfg, config, rows, [Place("data.eval_path", i) for i in range(len(rows))], tokenizer, limit)
     return columns
+
+
+def _is_quickly_read(path: str) -> bool:
+    return Path(path).suffix in DATA_FILES and Path(path).is_file() and Path(path).stat().st_size <= LARGE
+
+
+def _refuse_rows(
+    cfg: Config, config: dict[str, Any] | None, rows: list[dict], places: list, tokenizer: Any, limit: int
+) -> None:
+    from rollout.prompts import not_fitting, prompt_of
+
+    for row, place in zip(rows, places, strict=True):
+        prompt = prompt_of(row, cfg.data.prompt_column, place)
+        # A token is at least a byte of most texts: the short ones need no counting.
+        if tokenizer is not None and isinstance(prompt, str) and len(prompt.encode()) > limit:
+            n = len(tokenizer.encode(prompt, add_special_tokens=False).ids)
+            if n > limit:
+                raise UserError(not_fitting(place, n, limit))
+        if isinstance(prompt, list) and config is not None and not _has_chat_template(Path(cfg.model.path)):
+            raise UserError(
+                f"{place}: its prompt is a list of messages, and the tokenizer in {cfg.model.path} has no chat"
+                " template; give it one, or plain text"
+            )
 
 
 def refuse_response(cfg: Config, window: int) -> None:
@@ -258,6 +282,16 @@ def _first(error: BaseException) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
+def load_augment(fn: str) -> Callable:
+    """The function of data.augment. Raises UserError."""
+    from reward_server.components import load_component
+
+    try:
+        return load_component(fn)
+    except UserError as error:
+        raise UserError(f"data.augment: {str(error).removeprefix('component ')}") from None
+
+
 def check_rewards(cfg: Config, functions: dict[str, Callable] | None = None, columns: set[str] | None = None) -> None:
     """Load each component once here, so that what is missing is found before anything is started.
 
@@ -273,6 +307,6 @@ def check_rewards(cfg: Config, functions: dict[str, Callable] | None = None, col
         check_options(name, fn, spec.options)
         if columns is not None and (missing := missing_arguments(fn, [*columns, *spec.options])):
             raise UserError(
-                f"rewards.{name}.fn = {spec.fn}: it wants {', '.join(missing)}, and neither the columns of data.path"
-                f" ({', '.join(sorted(columns))}) nor rewards.{name}.options have that"
+                f"rewards.{name}.fn = {spec.fn}: it wants {', '.join(missing)}, and neither the columns of"
+                f" {cfg.data.key} ({', '.join(sorted(columns))}) nor rewards.{name}.options have that"
             )

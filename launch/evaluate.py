@@ -15,13 +15,13 @@ def evaluate_run(run: Path, *, weights: str, data: str | None) -> dict[str, floa
     """Means per response, as summary.json names them. See tokenppo.evaluate."""
     if not (run / "config.yaml").is_file():
         raise UserError(f"RUN = {run}: there is no run in this folder (no config.yaml)")
-    overrides: dict[str, object] = {} if data is None else {"data.eval_path": data}
+    overrides: dict[str, object] = {} if data is None else {"data.eval_path": data, "data.eval_frac": 0}
     if weights != "base":
         overrides["model.path"] = str((run / weights).absolute())
         if not (run / weights).is_dir():
             raise UserError(f"--weights {weights}: {run / weights} does not exist")
     cfg = load(run / "config.yaml", overrides)
-    if cfg.data.eval_path is None:
+    if not cfg.data.has_held_out:
         raise UserError("data.eval_path = null: this run has no held-out prompts; name some with --data")
     early.check_rewards(cfg)
     cluster.prepare_environment()

@@ -2,6 +2,7 @@
 
 from core.schema import Config, RewardConfig
 from launch import cluster, early, room
+from rollout.prompts import leak
 
 GIB = 2**30
 
@@ -32,15 +33,17 @@ def plan(cfg: Config, learners: int = 1) -> str:
     logits = micro * cfg.rollout.max_new_tokens * n_vocab * 4 * 3
     servers = learners * cfg.resources.reward_servers
     rewards = ", ".join(f"{name} x {_weight(spec)}" for name, spec in cfg.rewards.items())
-    epochs = batch * cfg.run.steps / cfg.rollout.n_samples_per_prompt / len(prompts.rows)
+    least, most = (f"{n:.1f}" for n in prompts.visits(cfg.run.steps * cfg.prompts_per_step))
+    seen = f"each {least}" if least == most else f"each between {least} and {most}"
     store = f"{cfg.resources.object_store_mb} MiB" if cfg.resources.ray_address is None else cfg.resources.ray_address
     lines = [
         f"model      {cfg.model.path}: {n_parameters / 1e6:.2f} M parameters, {n_layers} layers, {cfg.model.dtype}",
-        f"prompts    {len(prompts.rows)} rows of {cfg.data.path}; the run sees each {epochs:.1f} times",
+        f"prompts    {len(prompts.rows)} rows of {cfg.data.label}; the run sees {seen} times",
         f"held out   {min(cfg.data.eval_prompts, len(held_out.rows))} of {len(held_out.rows)} rows of"
-        f" {cfg.data.eval_path}, before, every {cfg.run.eval_every} steps, after"
+        f" {cfg.data.eval_path or cfg.data.label}, before, every {cfg.run.eval_every} steps, after"
         if held_out
         else "held out   none: no evaluation (data.eval_path)",
+        *filter(None, [leak(prompts, held_out)]),
         f"rewards    {rewards}; less {cfg.ppo.kl_coef:g} x KL",
         "           loaded and compared with the columns, not called: a wrong answer ends the run with exit 4",
         f"processes  {learners} learner{'s' * (learners > 1)} ({learner_threads} threads),"

@@ -25,7 +25,7 @@ from launch.exchange import Exchange
 from launch.last_words import on_sigterm, undisturbed_end
 from launch.trackers import Trackers
 from launch.weight_transport import ObjectStoreTransport
-from rollout.prompts import PromptStream
+from rollout.prompts import PromptStream, leak
 from rollout.shares import Rollouts
 from trainer import checkpoint
 from trainer.checkpoint import Checkpoint, save_pretrained
@@ -97,6 +97,8 @@ def run(cfg: Config, inline: Inline = Inline(), *, lives_on: bool = True) -> Run
                 console=console,
                 **_read_input(cfg, inline),
             )
+        if ranks.is_main and (warning := leak(job.prompts, job.held_out)):
+            console.print(warning, markup=False, soft_wrap=True)
         with ranks.together():
             found = run_folder.examine(cfg) if ranks.is_main else None
             if ranks.is_main:
@@ -218,7 +220,7 @@ def _train(
             )
         learner.load_state(saved.folder / "learner", step=saved.step)
         state.restore(saved.state["train"])
-        job.prompts.position = saved.state["prompts"]["position"]
+        job.prompts.restore(saved.state["prompts"])
     summary["seconds"]["start"] = round(time.perf_counter() - started, 3)
 
     inputs = _fingerprints(job) if ranks.is_main else {}
@@ -243,7 +245,7 @@ def _train(
                 "ranks": ranks.size,
                 "engine": job.accelerator.distributed_type.value,
                 "train": state.to_json(),
-                "prompts": {"position": job.prompts.position},
+                "prompts": job.prompts.state,
                 "inputs": inputs,
                 "reference": reference.tolist(),
                 "eval": summary["eval"],
@@ -252,7 +254,7 @@ def _train(
             }
             checkpoint.save(folder / run_folder.CHECKPOINTS, learner, content, keep=cfg.run.keep_checkpoints)
 
-    title = f"{cfg.run.name}: {Path(cfg.model.path).name} on {Path(cfg.data.path).name}"
+    title = f"{cfg.run.name}: {Path(cfg.model.path).name} on {', '.join(Path(p).name for p in cfg.data.sources)}"
     log, trackers = RunLog.silent(), None
     if ranks.is_main:
         trackers = Trackers.open(
@@ -315,13 +317,19 @@ def _go_on_from(job: Job, found: run_folder.Found) -> Checkpoint | None:
                 f"{saved.folder} was written by {was[0]} learner processes as {was[1]}, this launch has {now[0]} as"
                 f" {now[1]}: DeepSpeed reads back only its own shards; launch as before, or give another --run.name"
             )
+        held_out = f"data.eval_path = {cfg.data.eval_path}"
         was_fed, now_fed = saved.state["inputs"], _fingerprints(job)
-        for key, path in (("data.path", cfg.data.path), ("data.eval_path", cfg.data.eval_path)):
+        for key, given in (("data.path", f"{cfg.data.key} = {cfg.data.label}"), ("data.eval_path", held_out)):
             if was_fed[key] != now_fed[key]:
                 raise UserError(
-                    f"{key} = {path}: its prompts are not those that the run in {folder} was begun with; put them"
+                    f"{given}: its prompts are not those that the run in {folder} was begun with; put them"
                     " back, or give another --run.name"
                 )
+        if was_fed.get("augment") != now_fed["augment"]:
+            raise UserError(
+                f"data.augment = {cfg.data.augment}: its source is not what the run in {folder} was begun with, and it"
+                " would make other prompts; put it back, or give another --run.name"
+            )
         for name in was_fed["rewards"]:
             if was_fed["rewards"][name] != now_fed["rewards"][name]:
                 job.console.print(
@@ -344,6 +352,7 @@ def _fingerprints(job: Job) -> dict[str, Any]:
     return {
         "data.path": job.prompts.fingerprint,
         "data.eval_path": job.held_out.fingerprint if job.held_out else None,
+        "augment": build.source_digest(job.cfg.data.augment) if job.cfg.data.augment else None,
         "rewards": {name: build.source_digest(spec.fn) for name, spec in job.cfg.rewards.items()},
     }
 

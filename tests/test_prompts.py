@@ -10,6 +10,7 @@ import pytest
 import tiny_models
 from core.faults import UserError
 from core.schema import DataConfig
+from rollout.order import Order
 from rollout.prompts import PromptStream, load_rows
 
 ROWS = [{"prompt": f"the cat {i}", "n": i} for i in range(10)]
@@ -22,7 +23,8 @@ def tokenizer():
 
 def stream(tokenizer, rows=ROWS, *, seed=0, shuffle=True, run_id="r", window=None, **data) -> PromptStream:
     config = DataConfig(path="p.jsonl", **data)
-    return PromptStream(rows, tokenizer, config, run_id=run_id, seed=seed, shuffle=shuffle, window=window)
+    order = Order.of_all(len(rows), seed=seed, shuffle=shuffle)
+    return PromptStream(rows, tokenizer, config, run_id=run_id, seed=seed, order=order, window=window)
 
 
 def numbers(requests) -> list[int]:
@@ -119,7 +121,7 @@ def test_a_broken_line_is_named_by_file_and_line(tmp_path, text, words):
         ([{"prompt": "a"}, {"text": "b"}], r"row 2 has no text or messages in `prompt` \(its columns: text\)"),
         ([{"prompt": ""}], "row 1"),
         ([{"prompt": 3}], "row 1"),
-        ([{"prompt": "a " * 50}], "row 1 has .* tokens, 20 fit"),
+        ([{"prompt": "a " * 50}], "row 1: its prompt has .* tokens, 20 fit"),
     ],
 )
 def test_a_prompt_that_cannot_be_asked_is_named_by_its_row(tokenizer, rows, words):

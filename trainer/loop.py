@@ -35,6 +35,10 @@ class Prompts(Protocol):
 
     def first(self, n_prompts: int) -> list[PromptRequest]: ...
 
+    def observe(self, totals: list[tuple[int, float]]) -> dict[str, float]:
+        """(ordinal, total reward) of each sample of all ranks -> metrics."""
+        ...
+
 
 class Rollouts(Protocol):
     counters: Counter[str]
@@ -158,6 +162,7 @@ def train(
         for what, values in attribution(combined, batch.response_lengths, all_reduce=ranks.sum).items():
             means |= {f"reward/{name}/{what}": value for name, value in values.items()}
         samples, tokens = map(int, ranks.sum_list([len(batch), int(batch.response_mask.sum())]))
+        means |= prompts.observe(totals(batch, ranks))
         state.kl.update(means["objective/kl"], samples)
         raw = {name: means[f"reward/{name}/raw"] for name in cfg.rewards if f"reward/{name}/raw" in means}
         state.multipliers = next_multipliers(raw, cfg.rewards, state.multipliers)
@@ -240,6 +245,12 @@ def evaluate(
         trajectories = rewards.collect(rewards.submit(rollouts.generate(requests)))
         account(cfg, rollouts.share(requests), trajectories, version=version)
     return evaluation_sums(trajectories, cfg.rewards).merge(ranks.sum_list).means()
+
+
+def totals(batch: TrainBatch, ranks: Ranks) -> list[tuple[int, float]]:
+    """Ordinal and total reward before the KL penalty of each sample, of all ranks, sorted."""
+    mine = zip(batch.order[:, 0].tolist(), batch.token_rewards.double().sum(dim=1).tolist(), strict=True)
+    return sorted(sample for of_rank in ranks.gather(list(mine)) for sample in of_rank)
 
 
 def faults(rollouts: Rollouts, rewards: Rewards, ranks: Ranks) -> dict[str, float]:

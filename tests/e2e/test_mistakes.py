@@ -143,6 +143,57 @@ MISTAKES: dict[str, tuple[list[str], dict[str, str], list[str]]] = {
         {"e.jsonl": "x\n"},
         ["data.eval_path", "e.jsonl:1", "JSON"],
     ),
+    "no prompts named": (["--data.path", "null"], {}, ["data.path", "is required", "data.mixture"]),
+    "prompts and a mixture": (["--data.mixture", "{prompts.jsonl: 1}"], {}, ["data.mixture", "data.path", "take one"]),
+    "a mixture with a missing file": (
+        ["--data.path", "null", "--data.mixture", "{prompts.jsonl: 1, absent.jsonl: 1}"],
+        {},
+        ["data.mixture", "absent.jsonl", "no such file"],
+    ),
+    "a mixture with weight 0": (
+        ["--data.path", "null", "--data.mixture", "{prompts.jsonl: 0}"],
+        {},
+        ["data.mixture", "prompts.jsonl", "greater than 0"],
+    ),
+    "a mixture with an empty file": (
+        ["--data.path", "null", "--data.mixture", "{prompts.jsonl: 1, e.jsonl: 1}"],
+        {"e.jsonl": "\n"},
+        ["data.mixture", "e.jsonl", "no rows"],
+    ),
+    "balance without a column": (["--data.balance", "0.5"], {}, ["data.balance = 0.5", "data.balance_column"]),
+    "balance by no column": (["--data.balance_column", "kind"], {}, ["data.balance_column = kind", "prompt"]),
+    "balance out of range": (["--data.balance", "2"], {}, ["data.balance", "less than or equal to 1"]),
+    "difficulty of no row": (["--data.difficulty_column", "level"], {}, ["data.difficulty_column = level", "row 1"]),
+    "difficulty in words": (
+        ["--data.difficulty_column", "level"],
+        {"prompts.jsonl": '{"prompt": "a", "level": "hard"}\n'},
+        ["data.difficulty_column = level", "row 1", "'hard'", "number"],
+    ),
+    "curriculum in the order of the file": (
+        ["--data.difficulty_column", "level", "--data.shuffle", "false"],
+        {},
+        ["data.shuffle = false", "data.difficulty_column"],
+    ),
+    "curriculum of nothing": (["--data.curriculum_epochs", "3"], {}, ["data.curriculum_epochs", "difficulty_column"]),
+    "one sample to skip by": (
+        ["--data.skip_solved", "2"],
+        {},
+        ["data.skip_solved = 2", "rollout.n_samples_per_prompt"],
+    ),
+    "no augmentation file": (["--data.augment", "absent.py:f"], {}, ["data.augment", "absent.py", "no file"]),
+    "no augmentation function": (["--data.augment", "rewards.py:absent"], {}, ["data.augment", "absent"]),
+    "augmentation without a name": (["--data.augment", "rewards.py"], {}, ["data.augment", "path/file.py:fn"]),
+    "augmentation that gives nothing": (
+        ["--data.augment", "a.py:f"],
+        {"a.py": "def f(row, rng):\n    pass\n"},
+        ["data.augment", "prompt 0", "NoneType"],
+    ),
+    "two kinds of held-out prompts": (
+        ["--data.eval_frac", "0.5", "--data.eval_path", "prompts.jsonl"],
+        {},
+        ["data.eval_frac = 0.5", "data.eval_path"],
+    ),
+    "a share that holds nothing out": (["--data.eval_frac", "1e-9"], {}, ["data.eval_frac", "none of the 2 rows"]),
     "reward whose import raises": (["--rewards.mine.fn", "b.py:f"], {"b.py": "1 / 0\n"}, ["rewards.mine.fn", "b.py:1"]),
     "run name that is empty": (["--run.name", ""], {}, ["run.name"]),
     "run folder that cannot be": (["--run.dir", "/proc/self/x"], {}, ["run.dir", "/proc", "give another"]),
@@ -239,6 +290,14 @@ def test_the_dry_run_as_a_process_of_its_own(name, task):
     assert done.returncode == 2, done.stdout + done.stderr
     says(done.stderr, words)
     assert done.stdout == "" and listing(task) == before
+
+
+def test_held_out_prompts_that_are_trained_on_are_told_before_the_start(task, monkeypatch, capfd):
+    monkeypatch.chdir(task)
+    (task / "held.jsonl").write_text('{"prompt": "the cat sat"}\n{"prompt": "the mat sat"}\n')
+    assert cli.main(["train", "--config", "config.yaml", "--data.eval_path", "held.jsonl", "--dry-run"]) == 0
+    told = [line for line in capfd.readouterr().out.splitlines() if "training prompts too" in line]
+    assert len(told) == 1 and told[0].startswith("warning: 1 of 2 held-out prompts")
 
 
 def test_an_address_where_nobody_listens_is_another_code(task, monkeypatch, capfd):
