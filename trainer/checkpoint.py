@@ -79,9 +79,9 @@ def set_aside(place: Path) -> Path:
     aside, n = place.with_name(f"{place.name}.damaged"), 1
     while aside.exists():
         aside, n = place.with_name(f"{place.name}.damaged.{n + 1}"), n + 1
-    with _storage(place.parent):
+    with storage(place.parent):
         os.replace(place, aside)
-        _flush(place.parent, deep=False)
+        flush(place.parent, deep=False)
     return aside
 
 
@@ -120,22 +120,22 @@ def save(folder: Path, learner: "Learner", state: dict[str, Any], *, keep: int) 
     Raises StorageFault where the disk does not take it; the checkpoints before it are untouched.
     """
     place, fresh = folder / f"step-{learner.step}", folder / f".step-{learner.step}.new"
-    with learner.ranks.together(), _storage(folder):
+    with learner.ranks.together(), storage(folder):
         if learner.ranks.is_main:
             clear_leftovers(folder)
             _refuse_too_little_room(folder)
             fresh.mkdir(parents=True)
-    with learner.ranks.together(), _storage(folder):
+    with learner.ranks.together(), storage(folder):
         learner.save_state(fresh / "learner")
-    with learner.ranks.together(), _storage(folder):
-        _flush(fresh)
-    with learner.ranks.together(), _storage(folder):
+    with learner.ranks.together(), storage(folder):
+        flush(fresh)
+    with learner.ranks.together(), storage(folder):
         if learner.ranks.is_main:
             state = {"format": FORMAT, "step": learner.step, **state}
             _write(fresh / "state.json", json.dumps(state, indent=2) + "\n")
             write_manifest(fresh, learner.step)
             os.rename(fresh, place)
-            _flush(folder, deep=False)
+            flush(folder, deep=False)
             if damage := damage_of(place, bytes_too=False):
                 raise StorageFault(
                     f"{place} was written and is damaged already ({damage}); look at that disk, then start the same"
@@ -167,7 +167,7 @@ def _refuse_too_little_room(folder: Path) -> None:
 
 
 @contextmanager
-def _storage(folder: Path) -> Iterator[None]:
+def storage(folder: Path) -> Iterator[None]:
     """What the system and the writers of torch and safetensors raise when a disk takes no more, as StorageFault."""
     try:
         yield
@@ -187,7 +187,7 @@ def write_manifest(place: Path, step: int) -> None:
     files = {name: [(place / name).stat().st_size, digest] for name, digest in _digests(place, names).items()}
     _write(place / MANIFEST, _manifest({"format": FORMAT, "step": step, "files": files}))
     for folder in (*(p for p in place.rglob("*") if p.is_dir()), place):
-        _flush(folder, deep=False)
+        flush(folder, deep=False)
 
 
 def _manifest(content: dict[str, Any]) -> str:
@@ -241,7 +241,7 @@ def _write(path: Path, text: str) -> None:
         os.fsync(stream.fileno())
 
 
-def _flush(folder: Path, *, deep: bool = True) -> None:
+def flush(folder: Path, *, deep: bool = True) -> None:
     """Have the disk take everything in a folder, and the folder's own list of names."""
     for path in (*(folder.rglob("*") if deep else ()), folder):
         descriptor = os.open(path, os.O_RDONLY)
@@ -260,7 +260,7 @@ def save_pretrained(policy: "PolicyWithValueHead", tokenizer: Any, folder: Path,
     from safetensors.torch import save_file
 
     fresh, old = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
-    with _storage(folder):
+    with storage(folder):
         for leftover in (fresh, old):
             shutil.rmtree(leftover, ignore_errors=True)
         fresh.mkdir(parents=True)
@@ -269,10 +269,10 @@ def save_pretrained(policy: "PolicyWithValueHead", tokenizer: Any, folder: Path,
         save_file({name: x.contiguous() for name, x in policy.value_head.state_dict().items()}, fresh / VALUE_HEAD_FILE)
         for file in fresh.iterdir():  # safetensors leaves 0600, which a colleague's job could not read
             file.chmod(0o644)
-        _flush(fresh)
+        flush(fresh)
         write_manifest(fresh, step)
         if folder.exists():
             os.replace(folder, old)
         os.replace(fresh, folder)
-        _flush(folder.parent, deep=False)
+        flush(folder.parent, deep=False)
         shutil.rmtree(old, ignore_errors=True)
