@@ -103,7 +103,7 @@ def main(folder: Path, power: bool, before: tuple[int, ...]) -> None:
             return
         found = checkpoint.latest(folder)
         loaded = step_of(found) if found else None
-        damaged = [p.name for p, _ in found.damaged] if found else []
+        damaged = [step for step in checkpoint.steps_saved(folder) if checkpoint.damage_of(folder / f"step-{step}")]
         save(folder, (loaded or 0) + 1)
         names = sorted(p.name for p in folder.iterdir())
         print(json.dumps({"at": at, "loaded": loaded, "damaged": damaged, "after": names}))

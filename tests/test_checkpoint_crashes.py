@@ -28,7 +28,9 @@ def test_a_crash_at_every_call_of_a_save_leaves_the_old_or_the_new_checkpoint_wh
     loaded = [p["loaded"] for p in points]
     assert loaded == sorted(loaded) and set(loaded) == {2, 3}  # the old one up to the rename, from there the new one
     assert loaded.count(3) >= 5  # the flush of the parent and the deletion of the oldest come after it
-    assert not any(p["damaged"] for p in points)  # nothing half written ever had the name of a checkpoint
+    assert not any(
+        p["damaged"] for p in points
+    )  # nothing half written or half deleted ever had the name of a checkpoint
     for p in points:  # the next save clears what was left
         assert p["after"] == [f"step-{p['loaded']}", f"step-{p['loaded'] + 1}"], p
 
