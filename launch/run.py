@@ -221,6 +221,9 @@ def _train(
         state.faults["checkpoints_damaged"] += len(saved.damaged)
         stopping.restore(saved.state["stopping"])
         proof = Trained(**saved.state["trained"])
+        end = saved.state["end"]
+        if end is not None and getattr(cfg.run, end["stopped"]) == end["limit"]:
+            summary |= end  # it died between this checkpoint and the end that was decided on
         job.prompts.position = saved.state["prompts"]["position"]
     summary["seconds"]["start"] = round(time.perf_counter() - started, 3)
 
@@ -260,6 +263,7 @@ def _train(
                     name.removeprefix("faults/"): int(n) for name, n in means.items() if name.startswith("faults/")
                 },
                 "stopping": stopping.to_json(),
+                "end": {"stopped": reason, "limit": getattr(cfg.run, reason)} if reason is not None else None,
                 "trained": proof.to_json(),
                 "prompts": {"position": job.prompts.position},
                 "inputs": inputs,
@@ -289,19 +293,20 @@ def _train(
         if ranks.is_main:
             tell.append(log.note)
         try:
-            train(
-                cfg,
-                learner=learner,
-                prompts=job.prompts,
-                held_out=job.held_out,
-                rollouts=rollouts,
-                rewards=rewards,
-                publisher=publisher,
-                log=log,
-                state=state,
-                on_eval=on_eval,
-                on_step=on_step,
-            )
+            if "stopped" not in summary:
+                train(
+                    cfg,
+                    learner=learner,
+                    prompts=job.prompts,
+                    held_out=job.held_out,
+                    rollouts=rollouts,
+                    rewards=rewards,
+                    publisher=publisher,
+                    log=log,
+                    state=state,
+                    on_eval=on_eval,
+                    on_step=on_step,
+                )
         finally:
             del tell[1:]
             summary["steps"] = learner.step

@@ -22,20 +22,21 @@ from cards_run import Run, same_numbers
 from core.config import load
 from launch import trained
 
-AFTER_A_ROW = 12
-# What the process that writes step N is about to do when it is killed, {n} being N: each leaves another state behind.
-INSIDE = [
-    ("os.fsync", "/.step-{n}.new/learner/model.safetensors"),  # the engine's files are there, no manifest is
-    ("open", "/.step-{n}.new/manifest.json"),
-    ("os.rename", "/.step-{n}.new"),  # whole, but not under its name
-    ("os.rename", "/checkpoints/step-{two_before}"),  # it is the newest; the oldest is to be deleted
-]
-STEPS = AFTER_A_ROW + len(INSIDE) + 1
+KILLS = 12  # one after each step
+STEPS = KILLS + 1
+# Step -> what its process is about to do when it is killed; each leaves another state behind. After the other steps it
+# is killed from outside, as soon as the row of the step is there.
+INSIDE = {
+    3: ("os.fsync", "/.step-3.new/learner/model.safetensors"),  # the engine's files are there, no manifest is
+    6: ("open", "/.step-6.new/manifest.json"),
+    9: ("os.rename", "/.step-9.new"),  # whole, but not under its name
+    12: ("os.rename", "/checkpoints/step-10"),  # it is the newest; the oldest is about to be deleted
+}
 # As Python's site module starts it in every process of a run whose PYTHONPATH has its folder.
 SITECUSTOMIZE = """
 import os, signal, sys
 
-event, place = os.environ["KILL_IN_CHECKPOINT"].split(" ", 1)
+event, place = os.environ["KILL_BEFORE"].split(" ", 1)
 fsync = os.fsync
 
 def hook(name, args):
@@ -80,9 +81,28 @@ def start(task: Path, folder: Path, *options: str) -> Run:
     return Run(folder, *options, config=task / "config.yaml")
 
 
-def ended_by_a_kill(run: Run, family: list[psutil.Process]) -> None:
-    assert run.end(60) == 3 and "died without a word" in run.words(), run.words()
-    assert not psutil.wait_procs(family, timeout=15)[1]
+def killed_after_row(run: Run, step: int) -> None:
+    """SIGKILL to the learner as soon as the row of `step` is there; rows that its forerunner left do not count."""
+
+    def its_own_row() -> bool:
+        at_work = (run.folder / "processes.json").exists() and run.pids()["learner"] in {p.pid for p in run.family()}
+        return at_work and len(run.rows()) >= step
+
+    run.wait_for(its_own_row)
+    family = run.family()
+    os.kill(run.pids()["learner"], signal.SIGKILL)
+    assert run.end(120) == 3 and "died without a word" in run.words(), run.words()
+    left = psutil.wait_procs(family, timeout=30)[1]
+    assert not [p for p in left if p.is_running() and p.status() != psutil.STATUS_ZOMBIE], left
+
+
+def patched(patch: pytest.MonkeyPatch, folder: Path, event: str, place: str) -> None:
+    """From now on the process of a run that does `event` to a path that ends with `place` is killed in front of it."""
+    (folder / "site").mkdir(exist_ok=True)
+    (folder / "site" / "sitecustomize.py").write_text(SITECUSTOMIZE)
+    path = os.pathsep.join(filter(None, [str(folder / "site"), os.environ.get("PYTHONPATH")]))
+    patch.setenv("PYTHONPATH", path)
+    patch.setenv("KILL_BEFORE", f"{event} {place}")
 
 
 def same(a: Any, b: Any) -> bool:
@@ -97,40 +117,31 @@ def same(a: Any, b: Any) -> bool:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 def test_killed_after_every_step_and_inside_checkpoints_a_run_ends_bit_for_bit_as_an_undisturbed_one(
     task, tmp_path, monkeypatch
 ):
     whole = start(task, tmp_path / "whole" / "r")
     assert whole.end(240) == 0, whole.words()
 
-    folder, reached = tmp_path / "broken" / "r", []
-    for step in range(1, AFTER_A_ROW + 1):
+    folder = tmp_path / "broken" / "r"
+    for step in range(1, KILLS + 1):
+        if step in INSIDE:
+            with monkeypatch.context() as patch:
+                patched(patch, tmp_path, *INSIDE[step])
+                run = start(task, folder)
+                assert run.end(240) == 3 and "died without a word" in run.words(), run.words()
+            there = {p.name for p in (folder / "checkpoints").iterdir()}
+            last = f"step-{step}" if step == KILLS else f".step-{step}.new"
+            assert there == {f"step-{step - 2}", f"step-{step - 1}", last}
+            assert len(run.rows()) == step
+            continue
         run = start(task, folder)
-        run.wait_for(lambda run=run, step=step: len(run.rows()) >= step)
-        family = run.family()
-        os.kill(run.pids()["learner"], signal.SIGKILL)
-        ended_by_a_kill(run, family)
-        reached.append(len(run.rows()))
-
-    (tmp_path / "site").mkdir()
-    (tmp_path / "site" / "sitecustomize.py").write_text(SITECUSTOMIZE)
-    path = os.pathsep.join(filter(None, [str(tmp_path / "site"), os.environ.get("PYTHONPATH")]))
-    for step, (event, place) in enumerate(INSIDE, start=AFTER_A_ROW + 1):
-        with monkeypatch.context() as patch:
-            patch.setenv("PYTHONPATH", path)
-            patch.setenv("KILL_IN_CHECKPOINT", f"{event} {place.format(n=step, two_before=step - 2)}")
-            run = start(task, folder)
-            assert run.end(240) == 3 and "died without a word" in run.words(), run.words()
-        reached.append(len(run.rows()))
-        there = {p.name for p in (folder / "checkpoints").iterdir()}
-        whole_ones = {f"step-{step - 1}", f"step-{step - 2}"}
-        is_last = (event, place) == INSIDE[-1]
-        assert there == (whole_ones | {f"step-{step}"} if is_last else whole_ones | {f".step-{step}.new"})
-    assert reached == sorted(reached) and reached[-1] == AFTER_A_ROW + len(INSIDE)  # each kill came after one step more
+        killed_after_row(run, step)
 
     again = start(task, folder, "--run.resume", "must")
     assert again.end(240) == 0, again.words()
-    assert again.summary()["resumed_from"] == AFTER_A_ROW + len(INSIDE)  # the checkpoint that it died behind counts
+    assert again.summary()["resumed_from"] == KILLS  # the checkpoint that it died behind counts
     assert {p.name for p in (folder / "checkpoints").iterdir()} == {f"step-{STEPS - 1}", f"step-{STEPS}"}
 
     same_numbers(again.rows(), whole.rows())
@@ -153,8 +164,9 @@ def test_killed_after_every_step_and_inside_checkpoints_a_run_ends_bit_for_bit_a
 
 
 @pytest.mark.slow
-def test_patience_is_exact_over_a_resume_and_a_stopped_run_is_finished(task, tmp_path):
-    """A reward that no longer improves; killed between the best evaluation and the end that patience makes."""
+def test_patience_is_exact_over_a_resume_and_a_stopped_run_is_finished(task, tmp_path, monkeypatch):
+    """A reward that no longer improves; killed between the best evaluation and the end that patience makes, and again
+    between the checkpoint of that end and the last weights."""
     options = (
         "--run.eval_every",
         "1",
@@ -175,9 +187,12 @@ def test_patience_is_exact_over_a_resume_and_a_stopped_run_is_finished(task, tmp
     assert (whole.folder / "checkpoints" / f"step-{stopped_at}").is_dir()
 
     broken = start(task, tmp_path / "broken" / "r", *options)
-    broken.wait_for(lambda: len(broken.rows()) >= stopped_at - 1)
-    os.kill(broken.pids()["learner"], signal.SIGKILL)
-    assert broken.end(60) == 3, broken.words()
+    killed_after_row(broken, stopped_at - 1)
+    with monkeypatch.context() as patch:
+        patched(patch, tmp_path, "os.mkdir", "/.final.new")
+        at_the_end = start(task, tmp_path / "broken" / "r", *options)
+        assert at_the_end.end(240) == 3, at_the_end.words()
+    assert not (tmp_path / "broken" / "r" / "final").exists()
     again = start(task, tmp_path / "broken" / "r", *options)
     assert again.end(240) == 0, again.words()
     same_numbers(again.rows(), whole.rows())
