@@ -367,6 +367,7 @@ def _clear_the_way(job: Job, saved: Checkpoint | None) -> None:
             f"warning: the checkpoint {place} is damaged ({damage}); the one before it is used, it is {aside.name} now"
         )
     checkpoint.clear_leftovers(folder / run_folder.CHECKPOINTS)
+    checkpoint.put_back(folder / "best")
     proof = Trained(**saved.state["trained"]) if saved else Trained()
     if wrong := trained.cut_to(folder, proof):
         tell(wrong)

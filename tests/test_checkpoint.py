@@ -201,6 +201,29 @@ def test_without_room_for_the_next_checkpoint_none_is_begun(tmp_path, learner, m
     assert [p.name for p in tmp_path.iterdir()] == ["step-1"]
 
 
+def test_weights_whose_replacement_was_cut_in_two_are_put_back(tmp_path, monkeypatch):
+    policy = PolicyWithValueHead(tiny_models.make_model("gpt2"))
+    checkpoint.save_pretrained(policy, tiny_models.make_tokenizer(), tmp_path / "best", step=1)
+    before = {p.name: p.read_bytes() for p in (tmp_path / "best").iterdir()}
+    replace, calls = checkpoint.os.replace, []
+
+    def dies_before_the_second(a, b):
+        calls.append(a)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        replace(a, b)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.os, "replace", dies_before_the_second)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoint.save_pretrained(policy, tiny_models.make_tokenizer(), tmp_path / "best", step=2)
+    assert not (tmp_path / "best").exists()
+    checkpoint.put_back(tmp_path / "best")
+    assert {p.name: p.read_bytes() for p in (tmp_path / "best").iterdir()} == before
+    checkpoint.save_pretrained(policy, tiny_models.make_tokenizer(), tmp_path / "best", step=2)
+    assert [p.name for p in tmp_path.iterdir()] == ["best"]
+
+
 def test_a_folder_of_weights_has_a_manifest_and_the_generation_config_of_its_base(tmp_path):
     policy = PolicyWithValueHead(tiny_models.make_model("gpt2"))
     checkpoint.save_pretrained(policy, tiny_models.make_tokenizer(), tmp_path / "final", step=7)

@@ -251,6 +251,16 @@ def flush(folder: Path, *, deep: bool = True) -> None:
             os.close(descriptor)
 
 
+def put_back(folder: Path) -> None:
+    """Undo a replacement by `save_pretrained` that a crash cut in two: the folder was away and its successor not there.
+
+    The new one is not taken: the run goes on from before it, and writes it again.
+    """
+    old = folder.with_name(f".{folder.name}.old")
+    if old.is_dir() and not folder.exists():
+        os.replace(old, folder)
+
+
 def save_pretrained(policy: "PolicyWithValueHead", tokenizer: Any, folder: Path, *, step: int) -> None:
     """The causal LM, its tokenizer and the value head beside, as `from_pretrained` loads them; whole or not at all.
 
@@ -261,6 +271,7 @@ def save_pretrained(policy: "PolicyWithValueHead", tokenizer: Any, folder: Path,
 
     fresh, old = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
     with storage(folder):
+        put_back(folder)
         for leftover in (fresh, old):
             shutil.rmtree(leftover, ignore_errors=True)
         fresh.mkdir(parents=True)
