@@ -19,7 +19,7 @@ AllReduce = Callable[[list[float]], list[float]]  # sums a 1-D float64 vector ov
 
 SHARE = "share"  # unit of fractions of 1; people read them as per cent
 OWN_UNIT = "the component's own"
-RUN_COUNT = "none: a count since the processes of the run started"
+RUN_COUNT = "none: a count since the run began, less what happened after a checkpoint that it went back to"
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,7 @@ COUNTERS: dict[str, str] = {
     "scores_retried": "Samples whose score failed and was asked for again.",
     "samples_dropped": "Samples that were left out of training because no score could be had.",
     "weights_resent": "Weight transfers repeated because the digest or an acknowledgement did not fit.",
+    "checkpoints_damaged": "Checkpoints that were found damaged when the run went on; each was set aside and named.",
     "tracker_errors": "Steps that a tracker (TensorBoard, W&B) failed to take; metrics.jsonl holds them.",
 }
 

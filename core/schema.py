@@ -364,10 +364,18 @@ class RunSection(Section):
     """Steps between evaluations; the first and the last policy are always evaluated."""
     save_every: int = Field(10, ge=1)
     """Steps between checkpoints; the last step always has one."""
-    keep_checkpoints: int = Field(2, ge=1)
-    """How many of the last checkpoints are kept."""
-    resume: Literal["auto", "never"] = "auto"
-    """auto: go on in a folder that holds this very run. never: refuse a folder that holds one."""
+    keep_checkpoints: int = Field(2, ge=2)
+    """How many of the last checkpoints are kept; the one before the last is what is left where the last is damaged."""
+    resume: Literal["auto", "never", "must"] = "auto"
+    """auto: go on in a folder that holds this very run. never: refuse a folder that holds one. must: refuse where
+    there is no checkpoint to go on from."""
+    best_metric: str = "reward/total"
+    """Which mean of an evaluation decides what goes into `best/`, as summary.json names it; a `-` before it: lower is
+    better."""
+    patience: int | None = Field(None, ge=1)
+    """Stop, as a normal end, after so many evaluations in a row that were not better than the best; null: never."""
+    max_kl: float | None = Field(None, gt=0)
+    """Stop, as a normal end, after a step whose `objective/kl` is above this; null: never."""
     deterministic: bool = False
     """Same numbers bit for bit in two runs on one machine: one thread per process, deterministic kernels."""
     checks: bool = True
@@ -395,6 +403,12 @@ class Config(Section):
     @property
     def prompts_per_step(self) -> int:
         return self.rollout.batch_size // self.rollout.n_samples_per_prompt
+
+    @property
+    def evaluation_means(self) -> list[str]:
+        """What an evaluation gives, as summary.json names it (trainer/evaluate.py)."""
+        of_components = [f"reward/{name}/raw" if spec.paid else name for name, spec in self.rewards.items()]
+        return ["reward/total", *of_components, "response/length_mean", "response/truncated_frac"]
 
     @property
     def optimizer_steps(self) -> int:
@@ -455,6 +469,11 @@ class Config(Section):
             if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name) or name in RESERVED_COMPONENTS:
                 taken = ", ".join(sorted(RESERVED_COMPONENTS))
                 refuse(f"rewards.{name}", name, f"is no component name: letters, digits and _, and none of {taken}")
+        if self.run.best_metric.removeprefix("-") not in self.evaluation_means:
+            names = ", ".join(self.evaluation_means)
+            refuse("run.best_metric", self.run.best_metric, f"is no mean of an evaluation; there are {names}")
+        if self.run.patience is not None and self.data.eval_path is None:
+            refuse("run.patience", self.run.patience, "counts evaluations and there are none: give data.eval_path")
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", self.run.name):
             refuse("run.name", self.run.name, "must begin with a letter or digit and go on with those, '.', '_' or '-'")
         return self

@@ -35,6 +35,12 @@ def main(argv: list[str]) -> int:
     evaluate.add_argument("--weights", choices=("final", "best", "base"), default="final", help="default final")
     evaluate.add_argument("--data", help="other prompts than data.eval_path of the run")
     evaluate.set_defaults(do=_evaluate)
+    export = verbs.add_parser("export", help="write the model of a run, with a card, for others or for the hub")
+    export.add_argument("run", metavar="RUN", help="path of a run folder")
+    export.add_argument("out", metavar="OUT", help="folder to write; it must not exist")
+    export.add_argument("--weights", choices=("final", "best"), default="final", help="default final")
+    export.add_argument("--push", metavar="OWNER/NAME", help="upload it too; a new repository is private")
+    export.set_defaults(do=_export)
     checks = verbs.add_parser("check-reward", help="try a reward function on samples: is it sound, what does it pay")
     checks.add_argument("fn", metavar="FILE:FN", help="my_rewards.py:polite, package.module:fn, verl:FILE:FN, ...")
     checks.add_argument("--data", metavar="F", help="rows with prompt and completion; else built-in samples")
@@ -75,6 +81,13 @@ def _evaluate(args: argparse.Namespace) -> int:
     means = tokenppo.evaluate(args.run, weights=args.weights, data=args.data)
     width = max(map(len, means))
     print("\n".join(f"{name:<{width}}  {value:.4g}" for name, value in means.items()))
+    return 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    from launch.export import export_run
+
+    print(export_run(Path(args.run), Path(args.out), weights=args.weights, push=args.push))
     return 0
 
 

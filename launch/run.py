@@ -20,10 +20,12 @@ from rich.console import Console
 
 from core.faults import TERMINATED, StorageFault, UserError, exit_code_of
 from core.schema import Config
-from launch import build, cluster, early, learners, room, run_folder
+from launch import build, cluster, early, learners, room, run_folder, trained
 from launch.exchange import Exchange
 from launch.last_words import on_sigterm, undisturbed_end
+from launch.stopping import Stopping
 from launch.trackers import Trackers
+from launch.trained import Trained
 from launch.weight_transport import ObjectStoreTransport
 from rollout.prompts import PromptStream, leak
 from rollout.shares import Rollouts
@@ -112,12 +114,12 @@ def run(cfg: Config, inline: Inline = Inline(), *, lives_on: bool = True) -> Run
         resumed_from = saved.step if saved else 0 if found.started else None
         reached = saved.state["eval"] if saved else {}
         summary = {"eval": reached, "seconds": {}, "steps": resumed_from or 0, "exit": 1, "resumed_from": resumed_from}
+        summary["versions"] = run_folder.versions()
         with ranks.together():
             if ranks.is_main:
                 stack.enter_context(run_folder.opened(cfg))
                 if found.started:
-                    dropped = run_folder.drop_after(job.folder, resumed_from)
-                    console.print(_where_it_goes_on(job.folder, saved, dropped), markup=False, soft_wrap=True)
+                    _clear_the_way(job, saved)
         try:
             with on_sigterm(lambda: _note_the_end(job, summary)):
                 with ranks.together():
@@ -210,7 +212,7 @@ def _train(
         tolerance=learner.probe_tolerance,
         drives_workers=bool(share.workers),
     )
-    state = TrainState.fresh(cfg)
+    state, stopping, proof = TrainState.fresh(cfg), Stopping.of(cfg.run), Trained()
     if saved is not None:
         moved = float(np.abs(np.array(saved.state["reference"], dtype=np.float32) - reference).max())
         if not moved <= learner.probe_tolerance:
@@ -220,31 +222,55 @@ def _train(
             )
         learner.load_state(saved.folder / "learner", step=saved.step)
         state.restore(saved.state["train"])
+        state.faults.update(saved.state["faults"])
+        state.faults["checkpoints_damaged"] += len(saved.damaged)
+        stopping.restore(saved.state["stopping"])
+        proof = Trained(**saved.state["trained"])
+        end = saved.state["end"]
+        if end is not None and getattr(cfg.run, end["stopped"]) == end["limit"]:
+            summary |= end  # it died between this checkpoint and the end that was decided on
         job.prompts.restore(saved.state["prompts"])
     summary["seconds"]["start"] = round(time.perf_counter() - started, 3)
 
     inputs = _fingerprints(job) if ranks.is_main else {}
 
     def on_eval(step: int, means: dict[str, float]) -> None:
-        shown = summary_of(means) | {"step": step}
+        shown = ranks.from_main(summary_of(means) | {"step": step})
         summary["eval"]["before" if step == 0 else "after"] = shown
-        best = summary["eval"].get("best")
-        if step and (best is None or shown["reward/total"] > best["reward/total"]):
+        if step and stopping.is_best(shown):
             summary["eval"]["best"] = shown
             whole = learner.whole_policy()
             with ranks.together():
                 if ranks.is_main:
-                    save_pretrained(learner.policy, whole, job.tokenizer, folder / "best")
+                    save_pretrained(learner.policy, whole, job.tokenizer, folder / "best", step=step)
 
-    def on_step(step: int) -> None:
+    def on_step(step: int, means: dict[str, float], uids: list[str]) -> bool:
+        nonlocal proof
         summary["steps"] = step
-        if step % cfg.run.save_every and step != cfg.run.steps:
-            return
+        # Means over all ranks are the same on each; that the run ends is said by one all the same.
+        reason = ranks.from_main(stopping.reason(means)) if step < cfg.run.steps else None
+        uids_of_all = [uid for of_rank in ranks.gather(uids) for uid in of_rank]
+        with ranks.together():
+            if ranks.is_main:
+                proof = trained.append(folder, proof, step, uids_of_all)
+        if reason is not None:
+            summary.update(stopped=reason, limit=getattr(cfg.run, reason))
+        if step % cfg.run.save_every and step != cfg.run.steps and reason is None:
+            return True
         with log.time("checkpoint"):
+            with ranks.together():
+                if ranks.is_main:
+                    trained.flush(folder)
             content = {
                 "ranks": ranks.size,
                 "engine": job.accelerator.distributed_type.value,
                 "train": state.to_json(),
+                "faults": {
+                    name.removeprefix("faults/"): int(n) for name, n in means.items() if name.startswith("faults/")
+                },
+                "stopping": stopping.to_json(),
+                "end": {"stopped": reason, "limit": getattr(cfg.run, reason)} if reason is not None else None,
+                "trained": proof.to_json(),
                 "prompts": job.prompts.state,
                 "inputs": inputs,
                 "reference": reference.tolist(),
@@ -253,6 +279,7 @@ def _train(
                 "config": cfg.model_dump(mode="json"),
             }
             checkpoint.save(folder / run_folder.CHECKPOINTS, learner, content, keep=cfg.run.keep_checkpoints)
+        return reason is None
 
     title = f"{cfg.run.name}: {Path(cfg.model.path).name} on {', '.join(Path(p).name for p in cfg.data.sources)}"
     log, trackers = RunLog.silent(), None
@@ -272,19 +299,20 @@ def _train(
         if ranks.is_main:
             tell.append(log.note)
         try:
-            train(
-                cfg,
-                learner=learner,
-                prompts=job.prompts,
-                held_out=job.held_out,
-                rollouts=rollouts,
-                rewards=rewards,
-                publisher=publisher,
-                log=log,
-                state=state,
-                on_eval=on_eval,
-                on_step=on_step,
-            )
+            if "stopped" not in summary:
+                train(
+                    cfg,
+                    learner=learner,
+                    prompts=job.prompts,
+                    held_out=job.held_out,
+                    rollouts=rollouts,
+                    rewards=rewards,
+                    publisher=publisher,
+                    log=log,
+                    state=state,
+                    on_eval=on_eval,
+                    on_step=on_step,
+                )
         finally:
             del tell[1:]
             summary["steps"] = learner.step
@@ -292,7 +320,7 @@ def _train(
     whole = learner.whole_policy()
     with ranks.together():
         if ranks.is_main:
-            save_pretrained(learner.policy, whole, job.tokenizer, folder / "final")
+            save_pretrained(learner.policy, whole, job.tokenizer, folder / "final", step=learner.step)
     if not ranks.is_main:  # Ray is rank 0's: the others leave it first
         parts.close()
     ranks.gather(None)
@@ -306,9 +334,7 @@ def _go_on_from(job: Job, found: run_folder.Found) -> Checkpoint | None:
     if not found.started:
         return None
     cfg, folder, ranks = job.cfg, job.folder, job.ranks
-    saved = checkpoint.latest(
-        folder / run_folder.CHECKPOINTS, lambda text: job.console.print(text, markup=False, soft_wrap=True)
-    )
+    saved = checkpoint.latest(folder / run_folder.CHECKPOINTS)
     if saved is not None:
         engine = job.accelerator.distributed_type.value
         was, now = ((saved.state["ranks"], saved.state["engine"]), (ranks.size, engine))
@@ -339,6 +365,26 @@ def _go_on_from(job: Job, found: run_folder.Found) -> Checkpoint | None:
                     soft_wrap=True,
                 )
     return saved
+
+
+def _clear_the_way(job: Job, saved: Checkpoint | None) -> None:
+    """Take out of the folder what happens again, or must not be used, and say so. On rank 0, which holds the folder."""
+
+    def tell(text: str) -> None:
+        job.console.print(text, markup=False, soft_wrap=True)
+
+    folder, step = job.folder, saved.step if saved else 0
+    for place, damage in saved.damaged if saved else ():
+        aside = checkpoint.set_aside(place)
+        tell(
+            f"warning: the checkpoint {place} is damaged ({damage}); the one before it is used, it is {aside.name} now"
+        )
+    checkpoint.clear_leftovers(folder / run_folder.CHECKPOINTS)
+    checkpoint.put_back(folder / "best")
+    proof = Trained(**saved.state["trained"]) if saved else Trained()
+    if wrong := trained.cut_to(folder, proof):
+        tell(wrong)
+    tell(_where_it_goes_on(folder, saved, run_folder.drop_after(folder, step)))
 
 
 def _where_it_goes_on(folder: Path, saved: Checkpoint | None, dropped: int) -> str:

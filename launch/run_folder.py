@@ -1,12 +1,15 @@
-"""The folder of a run: config.yaml, metrics.jsonl, summary.json, checkpoints/, best/, final/, files of the trackers."""
+"""The folder of a run: config.yaml, metrics.jsonl, trained.jsonl, summary.json, checkpoints/, best/, final/, files
+of the trackers."""
 
 import fcntl
+import importlib.metadata
 import json
 import math
 import os
+import platform
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -14,12 +17,14 @@ from typing import Any, TextIO
 from core.config import load, to_yaml
 from core.faults import StorageFault, UserError
 from core.schema import Config
+from launch import stopping, trained
 from trainer import checkpoint
 
 CHECKPOINTS = "checkpoints"
-TRACES = ("metrics.jsonl", CHECKPOINTS, "best", "final")  # of a run that got somewhere
-# A run may be given more steps; where its folder is, and whether it may be gone on with, is no part of what it does.
-MAY_CHANGE = ("run.steps", "run.dir", "run.resume")
+TRACES = ("metrics.jsonl", CHECKPOINTS, trained.FILE, "best", "final")  # of a run that got somewhere
+# A run may be given more steps, or be stopped later; where its folder is, what of it is kept, and whether one may go on
+# with it, is no part of what it does.
+MAY_CHANGE = ("run.steps", "run.dir", "run.resume", "run.keep_checkpoints", "run.patience", "run.max_kl")
 LOOK_S = 0.2  # longer than `at_work` ever holds a lock
 
 
@@ -29,7 +34,7 @@ class Found:
 
     rows: int = 0  # of metrics.jsonl
     saved: tuple[int, ...] = ()  # steps of the checkpoints, latest first
-    finished: bool = False  # the run ended well, and run.steps asks for no more
+    finished: bool = False  # the run ended well, and neither run.steps nor another limit asks for more
 
     @property
     def started(self) -> bool:
@@ -39,7 +44,8 @@ class Found:
 def examine(cfg: Config) -> Found:
     """What is there to go on from. Makes nothing, imports nothing heavy.
 
-    Raises UserError if the folder cannot be written, holds another run, or any run where `run.resume` is never.
+    Raises UserError if the folder cannot be written, holds another run, any run where `run.resume` is never, or nothing
+    to go on from where it is must.
     """
     folder = cfg.run.folder
     parent = next(p for p in [folder, *folder.parents] if p.exists())
@@ -47,6 +53,12 @@ def examine(cfg: Config) -> Found:
         raise UserError(f"run.dir = {cfg.run.dir}: {parent} cannot be written to; give another --run.dir")
     # A run that ended before its first step leaves an empty metrics.jsonl; the size of a folder says nothing.
     used = [n for n in TRACES if (folder / n).is_dir() or ((folder / n).is_file() and (folder / n).stat().st_size > 0)]
+    saved = tuple(checkpoint.steps_saved(folder / CHECKPOINTS))
+    if cfg.run.resume == "must" and not saved:
+        raise UserError(
+            f"run.resume = must: {folder} holds no checkpoint to go on from; give the --run.dir and --run.name of a run"
+            " that has one, or begin with auto"
+        )
     if not used:
         return Found()
     remedy = "give another --run.name, or move that folder away"
@@ -54,12 +66,19 @@ def examine(cfg: Config) -> Found:
         raise UserError(
             f"run.resume = never: {folder} holds a run already ({', '.join(used)}); {remedy}, or go on in it with auto"
         )
-    saved = tuple(checkpoint.steps_saved(folder / CHECKPOINTS))
     _refuse_changes(cfg, folder, remedy)
     if saved and cfg.run.steps < saved[0]:
         raise UserError(f"run.steps = {cfg.run.steps}: the run in {folder} has done {saved[0]} already; {remedy}")
-    done = (folder / "final").is_dir() and saved[:1] == (cfg.run.steps,) and read_summary(folder).get("exit") == 0
-    return Found(rows=len(read_rows(folder)), saved=saved, finished=done)
+    return Found(rows=len(read_rows(folder)), saved=saved, finished=_is_finished(cfg, folder, saved))
+
+
+def _is_finished(cfg: Config, folder: Path, saved: tuple[int, ...]) -> bool:
+    summary = read_summary(folder)
+    if not (folder / "final").is_dir() or summary.get("exit") != 0 or saved[:1] != (summary.get("steps"),):
+        return False
+    stopped = summary.get("stopped")
+    limits = {name: getattr(cfg.run, name) for name in (stopping.PATIENCE, stopping.MAX_KL)}
+    return saved[0] == cfg.run.steps or (stopped in limits and limits[stopped] == summary.get("limit"))
 
 
 def _refuse_changes(cfg: Config, folder: Path, remedy: str) -> None:
@@ -180,6 +199,15 @@ def write_summary(folder: Path, summary: dict[str, Any]) -> None:
     write_whole(folder / "summary.json", json.dumps(clean(summary), indent=2, allow_nan=False) + "\n")
 
 
+def versions() -> dict[str, str]:
+    """Of what a run computes with, for the record."""
+    found = {"python": platform.python_version()}
+    for package in ("tokenppo", "torch", "transformers", "accelerate", "deepspeed", "ray"):
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
+
+
 def tracker_ids(folder: Path) -> dict[str, str]:
     """Run ids that the trackers of this run have, kept from its start: it may stop before its first checkpoint."""
     path = folder / "trackers.json"
@@ -214,5 +242,8 @@ def farewell(folder: Path, summary: dict[str, Any], *, was_finished: bool = Fals
     lines.append(f"results: {folder} ({', '.join(names)})")
     if was_finished:
         lines.insert(0, f"{folder} holds this run, finished after {summary.get('steps')} steps:")
-        lines.append("to train on raise --run.steps; to begin anew give another --run.name")
+        grows = f"--run.{summary['stopped']}" if summary.get("stopped") else "--run.steps"
+        lines.append(f"to train on raise {grows}; to begin anew give another --run.name")
+    elif summary.get("stopped"):
+        lines.insert(0, f"stopped after step {summary['steps']} by run.{summary['stopped']} = {summary['limit']:g}")
     return "\n".join(lines)

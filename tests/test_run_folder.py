@@ -41,8 +41,8 @@ def test_a_run_that_stopped_is_found_with_its_checkpoints(tmp_path):
     cfg = configured(tmp_path)
     assert run_folder.examine(cfg) == run_folder.Found() and not run_folder.examine(cfg).started
     begun(cfg)
-    (cfg.run.folder / "checkpoints" / "step-20").mkdir(parents=True)  # without a manifest: it was never finished
-    (cfg.run.folder / "checkpoints" / ".step-10.new").mkdir()
+    (cfg.run.folder / "checkpoints" / ".step-10.new").mkdir(parents=True)  # it was never finished
+    (cfg.run.folder / "checkpoints" / "step-20.damaged").mkdir()
     assert run_folder.examine(cfg) == run_folder.Found(rows=3)
     for step in (9, 10):
         (cfg.run.folder / "checkpoints" / f"step-{step}").mkdir()
@@ -75,9 +75,34 @@ def test_only_a_run_that_ended_well_at_its_last_step_is_finished(tmp_path):
     begun(cfg, checkpoints=(3,), exit=143)
     (cfg.run.folder / "final").mkdir()
     assert not run_folder.examine(cfg).finished
-    run_folder.write_summary(cfg.run.folder, {"exit": 0})
+    run_folder.write_summary(cfg.run.folder, {"exit": 0, "steps": 3})
     assert run_folder.examine(cfg).finished
     assert not run_folder.examine(configured(tmp_path, **{"run.steps": 4})).finished
+
+
+def test_a_run_that_was_stopped_is_finished_until_its_limit_is_another(tmp_path):
+    held_out = {"data.eval_path": "e.jsonl", "run.steps": 9}
+    cfg = configured(tmp_path, **held_out, **{"run.patience": 2})
+    begun(cfg, checkpoints=(3,), exit=0, steps=3, stopped="patience", limit=2)
+    (cfg.run.folder / "final").mkdir()
+    found = run_folder.examine(cfg)
+    assert found.finished
+    assert "raise --run.patience" in run_folder.farewell(
+        cfg.run.folder, run_folder.read_summary(cfg.run.folder), was_finished=True
+    )
+    assert not run_folder.examine(configured(tmp_path, **held_out, **{"run.patience": 3})).finished
+    assert not run_folder.examine(configured(tmp_path, **held_out)).finished
+
+
+def test_must_refuses_where_there_is_no_checkpoint_to_go_on_from(tmp_path):
+    must = configured(tmp_path, **{"run.resume": "must"})
+    with pytest.raises(UserError, match="run.resume = must: .* no checkpoint"):
+        run_folder.examine(must)
+    begun(configured(tmp_path))  # rows, but it never reached a checkpoint
+    with pytest.raises(UserError, match="run.resume = must"):
+        run_folder.examine(must)
+    (must.run.folder / "checkpoints" / "step-3").mkdir(parents=True)
+    assert run_folder.examine(must).saved == (3,)
 
 
 def test_rows_after_the_checkpoint_are_dropped_and_a_torn_one_with_them(tmp_path):

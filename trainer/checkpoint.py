@@ -3,16 +3,19 @@
     checkpoints/step-20/
         learner/         what Accelerate saves of the engine: parameters, AdamW, RNG; with DeepSpeed a file per rank
         state.json       everything else that the next step depends on
-        manifest.json    size and digest of each file above, written last
+        manifest.json    size and SHA-256 of each file above, and of itself; written last
 
-Every folder is made under another name, flushed and renamed: it is whole or absent. No torch here before it is needed.
+A checkpoint is one unit: it is used whole or not at all. The order in which it is written (`save`) is such that a crash
+at any moment leaves the old or the new one; the manifest finds what happens to the bytes later. No torch here before it
+is needed.
 """
 
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +31,10 @@ if TYPE_CHECKING:
     from trainer.model import PolicyWithValueHead
 
 VALUE_HEAD_FILE = "value_head.safetensors"
-FORMAT = 2  # of state.json; 2: multipliers of rewards
+MANIFEST = "manifest.json"
+FORMAT = 3  # of checkpoints; 2: multipliers of rewards; 3: SHA-256, a manifest that proves itself, trained samples
+ROOM = 1.2  # of the size of the last checkpoint must be free before the next is begun
+HASHES = 4  # files that are read at the same time
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,7 @@ class Checkpoint:
 
     folder: Path
     state: dict[str, Any]  # state.json
+    damaged: tuple[tuple[Path, str], ...] = ()  # later ones, which cannot be used, and what is wrong with each
 
     @property
     def step(self) -> int:
@@ -45,79 +52,123 @@ class Checkpoint:
 
 def steps_saved(folder: Path) -> list[int]:
     """Steps of the checkpoints in a folder of checkpoints, latest first; whole or damaged."""
-    found = [p.name.removeprefix("step-") for p in folder.glob("step-*") if (p / "manifest.json").is_file()]
+    found = [p.name.removeprefix("step-") for p in folder.glob("step-*") if p.is_dir()]
     return sorted((int(step) for step in found if step.isdigit()), reverse=True)
 
 
-def latest(folder: Path, note: Callable[[str], None]) -> Checkpoint | None:
-    """The latest whole checkpoint; a damaged one is named in a note and passed over. None where there is none.
+def latest(folder: Path) -> Checkpoint | None:
+    """The latest whole checkpoint, with the damaged ones after it. None where there never was one. Changes nothing.
 
     Raises StorageFault where there are checkpoints and all are damaged, UserError for one of another version.
     """
-    steps = steps_saved(folder)
-    for step in steps:
+    damaged: list[tuple[Path, str]] = []
+    for step in steps_saved(folder):
         place = folder / f"step-{step}"
         if (damage := damage_of(place)) is None:
             state = json.loads((place / "state.json").read_text(encoding="utf-8"))
-            if state.get("format") != FORMAT:
-                raise UserError(
-                    f"{place} was written by another version of tokenppo (format {state.get('format')}, this one reads"
-                    f" {FORMAT}); go on with that version, or give another --run.name"
-                )
-            return Checkpoint(place, state)
-        note(f"warning: the checkpoint {place} is damaged ({damage}); the one before it is used")
-    if steps:
-        raise StorageFault(f"{folder}: all {len(steps)} checkpoints are damaged; start under another --run.name")
+            return Checkpoint(place, state, tuple(damaged))
+        damaged.append((place, damage))
+    n = len(damaged) + len(list(folder.glob("step-*.damaged*")))
+    if n:
+        first = f" ({damaged[0][0].name}: {damaged[0][1]})" if damaged else ""
+        raise StorageFault(f"{folder}: all {n} checkpoints are damaged{first}; start under another --run.name")
     return None
 
 
-def damage_of(place: Path) -> str | None:
-    """What is wrong with a checkpoint, by its manifest: a flipped bit would load without a word. None: it is whole."""
+def set_aside(place: Path) -> Path:
+    """Rename a damaged checkpoint, so that nothing takes it for one; it is never deleted. Returns its new place."""
+    aside, n = place.with_name(f"{place.name}.damaged"), 1
+    while aside.exists():
+        aside, n = place.with_name(f"{place.name}.damaged.{n + 1}"), n + 1
+    with storage(place.parent):
+        os.replace(place, aside)
+        flush(place.parent, deep=False)
+    return aside
+
+
+def damage_of(place: Path, *, only: bool = True, bytes_too: bool = True) -> str | None:
+    """What is wrong with a folder, by its manifest: a flipped bit would load without a word. None: it is whole.
+
+    `only`: a file that the manifest does not know is damage too. `bytes_too`: compare contents, not just sizes.
+    Raises UserError where the manifest is one of another version of tokenppo.
+    """
     try:
-        manifest = json.loads((place / "manifest.json").read_text(encoding="utf-8"))
-        for name, (size, digest) in manifest.items():
-            file = place / name
-            if not file.is_file():
-                return f"{name} is missing"
-            if file.stat().st_size != size:
-                return f"{name} has {file.stat().st_size} bytes of {size}"
-            if _digest(file) != digest:
+        files = _read_manifest(place)
+        there = {str(p.relative_to(place)) for p in place.rglob("*") if not p.is_dir()} - {MANIFEST}
+        if missing := sorted(set(files) - there):
+            return f"{missing[0]} is missing"
+        if only and (strange := sorted(there - set(files))):
+            return f"{strange[0]} is not one of its files"
+        for name, (size, _) in files.items():
+            if (found := (place / name).stat().st_size) != size:
+                return f"{name} has {found} bytes of {size}"
+        for name, digest in _digests(place, list(files)).items() if bytes_too else ():
+            if digest != files[name][1]:
                 return f"{name} holds other bytes than were written"
-    except (OSError, ValueError) as error:
-        return f"manifest.json cannot be read: {error}"
-    return None if "state.json" in manifest else "state.json is missing"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{MANIFEST} cannot be read ({type(error).__name__}: {error})"
+    return None
 
 
 def save(folder: Path, learner: "Learner", state: dict[str, Any], *, keep: int) -> None:
     """Write checkpoint `step-<learner.step>` of `folder`, then delete all but the last `keep`. All ranks call it.
 
+    Each block ends with a meeting of all ranks. In this order: what crashed saves left is cleared and room is asked
+    for; every rank writes its files into `.step-N.new`; every rank has the disk take them; rank 0 writes state and
+    manifest, flushes, renames, flushes the parent. Only after the manifest was read back under its final name is an old
+    checkpoint deleted, and it too is renamed first, so that none is ever half there under the name of a whole one.
+
     Raises StorageFault where the disk does not take it; the checkpoints before it are untouched.
     """
     place, fresh = folder / f"step-{learner.step}", folder / f".step-{learner.step}.new"
-    with learner.ranks.together(), _storage(folder):
+    with learner.ranks.together(), storage(folder):
         if learner.ranks.is_main:
-            shutil.rmtree(fresh, ignore_errors=True)
+            clear_leftovers(folder)
+            _refuse_too_little_room(folder)
             fresh.mkdir(parents=True)
-    with learner.ranks.together(), _storage(folder):
+    with learner.ranks.together(), storage(folder):
         learner.save_state(fresh / "learner")
-    with learner.ranks.together(), _storage(folder):
+    with learner.ranks.together(), storage(folder):
+        flush(fresh)
+    with learner.ranks.together(), storage(folder):
         if learner.ranks.is_main:
             state = {"format": FORMAT, "step": learner.step, **state}
-            (fresh / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
-            files = sorted(p for p in fresh.rglob("*") if p.is_file())
-            manifest = {str(p.relative_to(fresh)): (p.stat().st_size, _digest(p)) for p in files}
-            (fresh / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-            _flush(fresh)
-            if place.exists():
-                shutil.rmtree(place)
-            os.replace(fresh, place)
-            _flush(folder, deep=False)
+            _write(fresh / "state.json", json.dumps(state, indent=2) + "\n")
+            write_manifest(fresh, learner.step)
+            os.rename(fresh, place)
+            flush(folder, deep=False)
+            if damage := damage_of(place, bytes_too=False):
+                raise StorageFault(
+                    f"{place} was written and is damaged already ({damage}); look at that disk, then start the same"
+                    " command again: the checkpoint before it is whole"
+                )
             for step in steps_saved(folder)[keep:]:
-                shutil.rmtree(folder / f"step-{step}")
+                os.replace(folder / f"step-{step}", old := folder / f".step-{step}.old")
+                shutil.rmtree(old)
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Delete what saves that a crash cut short have left: neither `.new` nor `.old` ever was, or is, a checkpoint."""
+    for leftover in (*folder.glob(".step-*.new"), *folder.glob(".step-*.old")):
+        shutil.rmtree(leftover)
+
+
+def _refuse_too_little_room(folder: Path) -> None:
+    """Raise StorageFault before anything is written where the next checkpoint, judged by the last, will not fit."""
+    steps = steps_saved(folder)
+    if not steps:
+        return
+    files = [p for p in (folder / f"step-{steps[0]}").rglob("*") if p.is_file()]
+    needed, free = ROOM * sum(p.stat().st_size for p in files), shutil.disk_usage(folder).free
+    if free < needed:
+        raise StorageFault(
+            f"{folder}: the next checkpoint wants {needed / 2**20:.3g} MiB and {free / 2**20:.3g} MiB are free; make"
+            f" room and start the same command again, it goes on from step {steps[0]}"
+        )
 
 
 @contextmanager
-def _storage(folder: Path) -> Iterator[None]:
+def storage(folder: Path) -> Iterator[None]:
     """What the system and the writers of torch and safetensors raise when a disk takes no more, as StorageFault."""
     try:
         yield
@@ -131,12 +182,67 @@ def _storage(folder: Path) -> Iterator[None]:
         ) from None
 
 
-def _digest(file: Path) -> str:
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+def write_manifest(place: Path, step: int) -> None:
+    """The manifest of all files in a folder, and have the disk take it and the names of the files."""
+    names = sorted(str(p.relative_to(place)) for p in place.rglob("*") if p.is_file())
+    files = {name: [(place / name).stat().st_size, digest] for name, digest in _digests(place, names).items()}
+    _write(place / MANIFEST, _manifest({"format": FORMAT, "step": step, "files": files}))
+    for folder in (*(p for p in place.rglob("*") if p.is_dir()), place):
+        flush(folder, deep=False)
 
 
-def _flush(folder: Path, *, deep: bool = True) -> None:
+def _manifest(content: dict[str, Any]) -> str:
+    """The text of a manifest: its content and the digest of that. Another text of the same meaning is damage."""
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return json.dumps(content | {"sha256": digest}, indent=2, sort_keys=True) + "\n"
+
+
+def _read_manifest(place: Path) -> dict[str, tuple[int, str]]:
+    """Name -> size and SHA-256. Raises ValueError and its like where it was not written so.
+
+    UserError: see damage_of.
+    """
+    text = (place / MANIFEST).read_bytes().decode()
+    content = json.loads(text)
+    if content and all(isinstance(x, list) and len(x) == 2 for x in content.values()):  # as up to format 2
+        raise _another_version(place, "2 or before")
+    if text != _manifest({name: value for name, value in content.items() if name != "sha256"}):
+        raise ValueError("it holds other bytes than were written")
+    if content["format"] != FORMAT:
+        raise _another_version(place, content["format"])
+    number = place.name.removeprefix("step-")
+    if number.isdigit() and content["step"] != int(number):
+        raise ValueError(f"it is of step {content['step']}")
+    return {name: (size, digest) for name, (size, digest) in content["files"].items()}
+
+
+def _another_version(place: Path, found: object) -> UserError:
+    return UserError(
+        f"{place} was written by another version of tokenppo (format {found}, this one reads {FORMAT}); go on with that"
+        " version, or give another --run.name"
+    )
+
+
+def _digests(place: Path, names: list[str]) -> dict[str, str]:
+    """SHA-256 of files, several at a time: hashlib lets go of the interpreter meanwhile."""
+
+    def digest(name: str) -> str:
+        with open(place / name, "rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+
+    with ThreadPoolExecutor(HASHES) as pool:
+        return dict(zip(names, pool.map(digest, names), strict=True))
+
+
+def _write(path: Path, text: str) -> None:
+    """A file that the disk has taken when this returns."""
+    with open(path, "w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def flush(folder: Path, *, deep: bool = True) -> None:
     """Have the disk take everything in a folder, and the folder's own list of names."""
     for path in (*(folder.rglob("*") if deep else ()), folder):
         descriptor = os.open(path, os.O_RDONLY)
@@ -146,17 +252,32 @@ def _flush(folder: Path, *, deep: bool = True) -> None:
             os.close(descriptor)
 
 
-def save_pretrained(policy: "PolicyWithValueHead", weights: "PolicyWeights", tokenizer: Any, folder: Path) -> None:
+def put_back(folder: Path) -> None:
+    """Undo a replacement by `save_pretrained` that a crash cut in two: the folder was away and its successor not there.
+
+    The new one is not taken: the run goes on from before it, and writes it again.
+    """
+    old = folder.with_name(f".{folder.name}.old")
+    if old.is_dir() and not folder.exists():
+        os.replace(old, folder)
+
+
+def save_pretrained(
+    policy: "PolicyWithValueHead", weights: "PolicyWeights", tokenizer: Any, folder: Path, *, step: int
+) -> None:
     """The causal LM, its tokenizer and the value head beside, as `from_pretrained` loads them; whole or not at all.
 
-    An adapter is merged into the LM, and in `adapter/` by itself too, as peft loads it.
+    With the model goes its generation config, which transformers took from the base model; and a manifest, by which an
+    export knows that these are the bytes that were written. An adapter is merged into the LM, and in `adapter/` by itself
+    too, as peft loads it.
     """
     from safetensors.torch import save_file
 
     from trainer import adapters
 
     fresh, old = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
-    with _storage(folder):
+    with storage(folder):
+        put_back(folder)
         for leftover in (fresh, old):
             shutil.rmtree(leftover, ignore_errors=True)
         fresh.mkdir(parents=True)
@@ -165,11 +286,13 @@ def save_pretrained(policy: "PolicyWithValueHead", weights: "PolicyWeights", tok
         save_file({name: x.cpu().contiguous() for name, x in weights.value.items()}, fresh / VALUE_HEAD_FILE)
         if weights.adapter:
             adapters.save_adapter(weights.adapter, policy.config, fresh / "adapter")
-        for file in (
-            p for p in fresh.rglob("*") if p.is_file()
-        ):  # safetensors leaves 0600, which a colleague's job could not read
-            file.chmod(0o644)
+        for file in fresh.rglob("*"):  # safetensors leaves 0600, which a colleague's job could not read
+            if file.is_file():
+                file.chmod(0o644)
+        flush(fresh)
+        write_manifest(fresh, step)
         if folder.exists():
             os.replace(folder, old)
         os.replace(fresh, folder)
+        flush(folder.parent, deep=False)
         shutil.rmtree(old, ignore_errors=True)

@@ -75,6 +75,7 @@ class TrainState:
     kl: ppo.KLController
     running: dict[str, RunningMoments] = field(default_factory=dict)
     multipliers: dict[str, float] = field(default_factory=dict)  # of components with `at_least`
+    faults: Counter[str] = field(default_factory=Counter)  # of all ranks, before the processes of this launch started
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; floats come back from JSON bit for bit."""
@@ -103,12 +104,13 @@ def train(
     log: RunLog,
     state: TrainState,
     on_eval: Callable[[int, dict[str, float]], None],
-    on_step: Callable[[int], None],
+    on_step: Callable[[int, dict[str, float], list[str]], bool],
 ) -> None:
-    """Train from where `learner`, `prompts` and `state` stand up to `run.steps` updates.
+    """Train from where `learner`, `prompts` and `state` stand up to `run.steps` updates, or until `on_step` ends it.
 
     `on_eval(step, means)` is told of each evaluation, of the first policy as step 0; it keeps the best weights.
-    `on_step(step)` comes at the end of each step, when all that the next one depends on is in place.
+    `on_step(step, means, uids)` comes at the end of each step, when all that the next one depends on is in place, with
+    the uids of the samples that this rank trained on. It says whether to go on, the same on every rank.
     """
     ranks = learner.ranks
     publisher.publish(learner.step)
@@ -171,9 +173,10 @@ def train(
                 held_out_means = evaluate(cfg, held_out, rollouts, rewards, ranks, version=step)
                 on_eval(step, held_out_means)
                 means |= held_out_means
-        means |= faults(rollouts, rewards, ranks)
-        log.step(step, means, samples=samples, rollout_tokens=tokens, learner_tokens=tokens * cfg.ppo.ppo_epochs)
-        on_step(step)
+        means |= faults(rollouts, rewards, ranks, state.faults)
+        log.step(step, means, samples=samples, rollout_tokens=tokens, learner_tokens=tokens * means["ppo/epochs"])
+        if not on_step(step, means, [t.request.sample_uid for t in trajectories]):
+            return
 
 
 def credit(
@@ -253,9 +256,9 @@ def totals(batch: TrainBatch, ranks: Ranks) -> list[tuple[int, float]]:
     return sorted(sample for of_rank in ranks.gather(list(mine)) for sample in of_rank)
 
 
-def faults(rollouts: Rollouts, rewards: Rewards, ranks: Ranks) -> dict[str, float]:
-    """Counters of all ranks, as metrics."""
-    total = Counter()
+def faults(rollouts: Rollouts, rewards: Rewards, ranks: Ranks, before: Counter[str]) -> dict[str, float]:
+    """Counters of all ranks, added to those of earlier launches of the run, as metrics."""
+    total = Counter(before)
     for counters in ranks.gather(rollouts.counters + rewards.counters):
         total.update(counters)
     return {f"faults/{name}": count for name, count in total.items()}

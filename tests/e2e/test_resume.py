@@ -208,8 +208,29 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(task, whole, t
     again = start(task, folder, "--run.keep_checkpoints", "3")
     assert again.end(240) == 0, again.words()
     assert f"{saved[-1].name} is damaged" in " ".join(again.words().split())
-    assert f"going on from step {saved[-2].name.removeprefix('step-')}" in again.words()
+    used = int(saved[-2].name.removeprefix("step-"))
+    assert f"going on from step {used}" in again.words()
     same_numbers(again.rows(), whole.rows())
+    aside = saved[-1].with_name(f"{saved[-1].name}.damaged")
+    assert (aside / "learner" / "model.safetensors").read_bytes() == data  # kept as it was
+    damaged = [row.get("faults/checkpoints_damaged", 0) for row in again.rows()]
+    assert damaged == [0] * used + [1] * (STEPS - used)
+
+
+@pytest.mark.slow
+def test_where_all_checkpoints_are_damaged_nothing_is_started_or_renamed(task, tmp_path):
+    folder = tmp_path / "r"
+    killed_after(task, folder, 3)
+    for place in (folder / "checkpoints").glob("step-*"):
+        (place / "state.json").write_text("{}")
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    for how in ("auto", "must"):
+        again = start(task, folder, "--run.resume", how)
+        assert again.end(120) == 6 and "checkpoints are damaged" in again.words(), again.words()
+        assert "Traceback" not in again.words()
+    assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
+    nothing = start(task, tmp_path / "other", "--run.resume", "must")
+    assert nothing.end(60) == 2 and "run.resume = must" in nothing.words() and not (tmp_path / "other").exists()
 
 
 @pytest.mark.slow
