@@ -268,8 +268,8 @@ def save_pretrained(
     """The causal LM, its tokenizer and the value head beside, as `from_pretrained` loads them; whole or not at all.
 
     With the model goes its generation config, which transformers took from the base model; and a manifest, by which an
-    export knows that these are the bytes that were written. An adapter is merged into the LM, and in `adapter/` by itself
-    too, as peft loads it.
+    export knows that these are the bytes that were written. An adapter is merged into the LM, and stands in `adapter/`
+    by itself too, as peft loads it.
     """
     from safetensors.torch import save_file
 
