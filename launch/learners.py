@@ -6,8 +6,8 @@ two processes with unwrapped models (an FSDP file, a backend without `cpu=True`)
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
 
@@ -69,23 +69,13 @@ def join(cfg: Config, stack: ExitStack, note: Callable[[str], None]) -> tuple[Ac
             f"{world} learner processes were launched as {accelerator.distributed_type.value}, which would not reduce"
             " gradients here: use launch/accelerate/ddp.yaml or zero2.yaml"
         )
+    if deepspeed:
+        # transformers would load every model in shards from here on, which all ranks must do together; what a model
+        # computes is looked at before it is sharded, and its size on rank 0 alone.
+        from transformers.integrations import unset_hf_deepspeed_config
+
+        unset_hf_deepspeed_config()
     return accelerator, ranks
-
-
-@contextmanager
-def loading_whole(accelerator: Accelerator) -> Iterator[None]:
-    """A block in which models load whole although the launch is ZeRO-3, for which transformers would load shards: what
-    a model computes is looked at before it is sharded."""
-    if accelerator.distributed_type != DistributedType.DEEPSPEED:
-        yield
-        return
-    from transformers.integrations import unset_hf_deepspeed_config
-
-    unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        accelerator.state.deepspeed_plugin.set_deepspeed_weakref()
 
 
 def _flag(name: str) -> bool:

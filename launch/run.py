@@ -186,10 +186,9 @@ def _train(
         parts.callback(rollouts.close)
         rewards = build.reward_client(cfg, job.inline.functions, note)
         parts.callback(rewards.close)
-        with learners.loading_whole(job.accelerator):
-            lm = load_causal_lm(cfg.model.path, job.accelerator.device)
-            ref_lm = build.reference_lm(cfg, job.accelerator.device)
-            critic = build.critic(cfg, job.accelerator.device)
+        lm = load_causal_lm(cfg.model.path, job.accelerator.device)
+        ref_lm = build.reference_lm(cfg, job.accelerator.device)
+        critic = build.critic(cfg, job.accelerator.device)
     learner = Learner(cfg, job.accelerator, lm, ref_lm, ranks, critic=critic)
     with ranks.together():
         servers = rewards.wait_ready()

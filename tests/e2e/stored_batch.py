@@ -71,9 +71,7 @@ def main(out: Path, task: dict) -> None:
             cfg = configured(case)
             bounds = [sum(case["shards"][:i]) for i in range(ranks.size + 1)] if ranks.size > 1 else [0, N]
             mine = trajectories[bounds[ranks.index] : bounds[ranks.index + 1]]
-            with learners.loading_whole(accelerator):
-                models = [tiny_models.make_model(name) for _ in range(2)]
-            it = Learner(cfg, accelerator, *models, ranks)
+            it = Learner(cfg, accelerator, tiny_models.make_model(name), tiny_models.make_model(name), ranks)
             batch, before = it.annotate(TrainBatch.collate(mine, ["a"]))
             batch = credit(cfg, batch.fill(token_rewards=batch.component_rewards["a"].float()), 0.02, ranks.sum)
             means = it.update(batch)
