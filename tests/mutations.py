@@ -319,7 +319,7 @@ MUTATIONS = [
         ENGINE_PY,
         "(request.ordinal << 20) | request.k",
         "(request.ordinal << 20)",
-        ENGINE,
+        IDENTITY,
     ),
     Mutation(
         "the stop token is no part of the response",

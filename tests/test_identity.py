@@ -10,6 +10,7 @@ import conformance
 import tiny_models
 from conformance import configured, credited, distance, gradient, random_trajectories, same_bits, streams, trajectory
 from core.weights import make_manifest, named_tensors
+from rollout.engines.transformers_engine import TransformersEngine
 from trainer.batch import TrainBatch
 from trainer.learner import Learner
 
@@ -67,6 +68,19 @@ def test_the_second_epoch_is_measured_against_the_policy_that_wrote_the_batch():
     assert abs(moved) > 1e-3 and abs(first["ppo/approx_kl"]) < 1e-6
     assert both["ppo/approx_kl"] == pytest.approx(moved / 2, rel=1e-3, abs=1e-6)
     assert both["ppo/ratio_mean"] == pytest.approx((1 + ratio) / 2, rel=1e-4)
+
+
+# ---------------------------------------------------------------- samples
+
+
+def test_samples_of_one_prompt_differ_and_so_do_equal_prompts_of_other_numbers():
+    """The same weights, prompt and run seed: (ordinal, k) alone tells responses apart, and repeats them."""
+    engine = TransformersEngine(tiny_models.make_model("llama-tied"), (0,), temperature=1.0, max_new_tokens=12)
+    request = replace(tiny_models.make_requests(1)[0], ordinal=3)
+    asked = [replace(request, ordinal=ordinal, k=k) for ordinal in (3, 4) for k in range(4)]
+    written = [tuple(g.response_ids.tolist()) for g in engine.generate(asked)]
+    assert len(set(written)) == len(asked)
+    assert written == [tuple(g.response_ids.tolist()) for g in engine.generate(asked)]
 
 
 # ---------------------------------------------------------------- what never moves
