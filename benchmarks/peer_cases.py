@@ -1,4 +1,4 @@
-"""What ppo_vs_trl.py compares and against which limits: cases, FLOPs, order, goals. No torch here, and nothing measured.
+"""What ppo_vs_trl.py compares and against which limits: cases, FLOPs, order, goals. No torch, nothing measured.
 
 Legend: P prompt tokens, R response tokens, T = P + R, E epochs, V vocabulary, H hidden size, L layers.
 """
@@ -134,7 +134,8 @@ def our_flops(case: Case) -> dict[str, float]:
     """What our algorithm must compute in one iteration: no padding, each prompt once, the head on response tokens.
 
     Values of a shared trunk and old log-probs come with the rollout, so no pass is counted for them, though the learner
-    of today makes one: an implementation that wastes has a smaller share of its limit.
+    makes one; nor are prompts counted twice that mini-batches, drawn by sample, happen to tear apart. What is wasted so
+    shows as a smaller share of the limit.
     """
     size, groups = case.size, [case.lengths[i : i + case.per_prompt] for i in range(0, case.batch, case.per_prompt)]
     full = sum(forward_flops(size, case.prompt, g, heads=sum(g)) for g in groups)
@@ -149,7 +150,7 @@ def our_flops(case: Case) -> dict[str, float]:
 
 
 def trl_flops(case: Case) -> dict[str, float]:
-    """What TRL's algorithm computes: every row as long as the longest, prompts for each row, the head on every position."""
+    """What TRL's algorithm computes: rows as long as the longest, the prompt in each, the head on every position."""
     size, longest = case.size, max(case.lengths)
     width = case.prompt + longest
     full = case.batch * forward_flops(size, case.prompt, [longest], heads=width)

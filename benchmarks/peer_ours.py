@@ -3,9 +3,9 @@
 Engine, scorer, learner and `credit` are those of a run; only who calls them differs. The engine has weights of its own,
 as a rollout worker has, and gets those of the learner after each update (phase `sync`).
 
-Lengths. A token is a function of a number that comes from `uniforms`. The plan of lengths is put there: the number that
-draws the last id, which is eos, where a response is to end, and numbers that do not draw it before. So ids and log-probs
-are what the engine makes of a draw that happened to fall so; nothing of it is replaced.
+Lengths. A token is a function of a number that comes from `uniforms`. The plan of lengths is put there: the number
+that draws the last id, which is eos, where a response is to end, and numbers that do not draw it before. So ids and
+log-probs are what the engine makes of a draw that happened to fall so; nothing of it is replaced.
 """
 
 import time
@@ -130,13 +130,15 @@ class PlannedUniforms:
 class Side:
     def __init__(self, request: dict[str, Any]) -> None:
         case = self.case = Case.from_json(request["case"])
-        self.cfg = cfg = settings(case, request["model"])
+        fake = request.get("fake_rollout", False)
+        # Made-up responses have no log-probs of a worker to be compared with.
+        self.cfg = cfg = settings(case, request["model"], {"run.checks": False} if fake else None)
         torch.manual_seed(0)
         lm, ref = (load_causal_lm(request["model"], torch.float32) for _ in range(2))
         self.accelerator = Accelerator(cpu=True, mixed_precision="no")
         self.learner = Learner(cfg, self.accelerator, lm.eval(), ref.eval())
         self.engine = None
-        if not request.get("fake_rollout"):
+        if not fake:
             transformers_engine.uniforms = PlannedUniforms(case)
             dtype = torch.bfloat16 if case.bf16 else torch.float32
             self.engine = TransformersEngine(
@@ -295,7 +297,7 @@ def _critic(policy: torch.nn.Module, theirs: dict[str, torch.Tensor]) -> dict[st
     found = {}
     for name, weight in theirs.items():
         ending = "weight" if name == "score.weight" else name.removeprefix("model.")
-        fits = [n for n, p in own.items() if n.endswith(ending) and p.shape == weight.shape]
+        fits = [n for n, p in own.items() if f".{n}".endswith(f".{ending}") and p.shape == weight.shape]
         if name == "score.weight":
             fits = [n for n in fits if "head" in n]
         if len(fits) != 1:
@@ -305,7 +307,7 @@ def _critic(policy: torch.nn.Module, theirs: dict[str, torch.Tensor]) -> dict[st
 
 
 def compare(case: Case, model: str, stored: dict[str, torch.Tensor]) -> dict[str, float | str]:
-    """Greatest differences between TRL's numbers on `stored` and ours; gradients relative to the norm of each tensor."""
+    """Greatest differences between TRL's numbers on `stored` and ours; gradients by tensor, relative to its norm."""
     case = replace(case, epochs=1, minis=1)
     theirs = {
         side: {n.removeprefix(f"{side}.weight."): w for n, w in stored.items() if n.startswith(f"{side}.weight.")}

@@ -15,7 +15,6 @@ of the distribution that was drawn from, generate stops by its own rule, and wha
 of TRL's algorithm is skipped or added; steering costs three operations on 32 numbers at each step.
 """
 
-import gc
 import os
 import sys
 import time
@@ -177,7 +176,6 @@ class Side(TrainerCallback):
             if self.capture_to:
                 self._capture_batch(caller)
             if self.fake_rollout:
-                gc.collect()
                 reset_peak()
                 self._memory["before_update"] = memory()[0]
         return self._real["permutation"](n)
@@ -192,7 +190,7 @@ class Side(TrainerCallback):
     # --- a stored batch for the test of equality
 
     def _capture_batch(self, caller: FrameType) -> None:
-        """The variables of the loop as the epochs begin. Then old log-probs and values are moved, so that clips bite."""
+        """The loop's variables as the epochs begin. Then old log-probs and values are moved, so that clips bite."""
         found = caller.f_locals
         names = ("query_responses", "logprobs", "ref_logprobs", "values", "scores", "advantages", "returns")
         names += ("padding_mask", "padding_mask_p1")

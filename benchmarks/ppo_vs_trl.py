@@ -252,11 +252,8 @@ def main() -> int:
     print(f"fastest product: {roof['fp32'] / 1e9:.0f} GFLOP/s fp32, {roof['bf16'] / 1e9:.0f} bf16")
     for row in rows:
         if row["trl_dtypes_tried_s"]:
-            print(
-                f"{row['size']} {row['tier']}: TRL ran in {'bf16' if row['trl_bf16'] else 'fp32'}: {row['trl_dtypes_tried_s']}"
-            )
-        if row["value"] != Case.from_json(row["case"]).critic:
-            print(f"* {row['size']} {row['tier']}: ours ran with a {row['value']} value function, for want of another")
+            tried = ", ".join(f"{dtype} {s:.3g} s" for dtype, s in row["trl_dtypes_tried_s"].items())
+            print(f"{row['size']} {row['tier']}: TRL ran in {'bf16' if row['trl_bf16'] else 'fp32'} ({tried})")
     if not quiet:
         print(f"NOT QUIET: load {load:.1f} at the start, products {drift:.0%} apart: these are no figures to quote")
     if args.quick:
