@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from peer_cases import Case, Size, slope
-from ppo_vs_trl import Bench
+from ppo_vs_trl import PASSIVE, Bench
 from train_command import circumstances, table
 from trl_venv import DEFAULT, python_with_trl
 
@@ -82,13 +82,14 @@ def main() -> int:
     parser.add_argument("--vocabularies", nargs=2, type=int, default=[8_000, 50_000], metavar="V")
     parser.add_argument("--tokens", type=int, default=4096, help="T of the one sequence (default 4096)")
     parser.add_argument("--threads", type=int, default=2, help="of each process (default 2)")
+    parser.add_argument("--passive", action="store_true", help=PASSIVE)
     parser.add_argument("--quick", action="store_true", help="V = 2,000 and 8,000, T = 512")
     args = parser.parse_args()
     vocabularies, tokens = ([2_000, 8_000], 512) if args.quick else (args.vocabularies, args.tokens)
 
     found: dict[str, dict[int, dict[str, Any]]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(python_with_trl(args.venv), Path(folder), args.threads)
+        bench = Bench(python_with_trl(args.venv), Path(folder), args.threads, passive=args.passive)
         for who, critic in (("TRL", "separate"), ("ours, separate", "separate"), ("ours, shared", "shared")):
             for v in vocabularies:
                 size = Size(vocabulary=v, hidden=64, layers=2, heads=4, inner=128)

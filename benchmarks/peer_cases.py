@@ -192,9 +192,10 @@ class Verdict:
     met: bool
     why: str  # empty where it is met
 
-    def __str__(self) -> str:
-        said = f"{self.goal:g}x" + ("" if self.needed == self.goal else f", at the limit {self.needed:.2f}x")
-        return f"{'met' if self.met else 'MISSED'} ({said})" + (f": {self.why}" if self.why else "")
+    @property
+    def short(self) -> str:
+        said = f"{self.goal:g}x" + ("" if self.needed == self.goal else f", 70 % of the limit: {self.needed:.2f}x")
+        return f"{'met' if self.met else 'MISSED'} ({said})"
 
 
 def judge(goal: float, *, ours_s: float, trl_s: float, our_limit_s: float, ours: dict, trl: dict) -> Verdict:

@@ -38,13 +38,10 @@ def answer(**fields: Any) -> None:
 class Child:
     """In the parent. Ends the process on leaving; raises RuntimeError with its last words if it dies."""
 
-    def __init__(
-        self, python: Path, script: str, *, threads: int, log: Path, extra: dict[str, str] | None = None
-    ) -> None:
+    def __init__(self, python: Path, script: str, *, env: dict[str, str], log: Path) -> None:
         root = Path(__file__).resolve().parent
-        # Threads that wait must sleep: the child whose turn it is not would otherwise hold the cores of the other.
-        env = os.environ | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
-        env |= {"PYTHONPATH": f"{root.parent}{os.pathsep}{root}", "TOKENIZERS_PARALLELISM": "false"} | (extra or {})
+        env = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"} | env
+        env["PYTHONPATH"] = f"{root.parent}{os.pathsep}{root}"
         self._log = log
         with open(log, "ab") as errors:
             self._process = subprocess.Popen(

@@ -23,7 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from core.combine import combine
 from core.config import load
 from core.pretrained import load_causal_lm
-from core.schema import Config, leaf_keys
+from core.schema import Config
 from core.trajectory import PromptRequest, Trajectory, sample_uid
 from core.weights import named_tensors
 from reward_server.components import ScoreRequest
@@ -76,11 +76,11 @@ def make_model(folder: Path, size: Size, *, seed: int = 0) -> None:
 def settings(case: Case, model: str, more: dict[str, Any] | None = None) -> Config:
     """The configuration of a case; `more` are keys that win."""
     names = list(COMPONENTS)[: case.components]
-    known = leaf_keys()
     mini = case.batch // case.minis
     wanted = {
         "model.path": model,
         "model.dtype": "bfloat16" if case.bf16 else "float32",
+        "model.value": case.critic,
         "data.path": "prompts.jsonl",
         "rollout.batch_size": case.batch,
         "rollout.n_samples_per_prompt": case.per_prompt,
@@ -88,6 +88,7 @@ def settings(case: Case, model: str, more: dict[str, Any] | None = None) -> Conf
         "ppo.ppo_epochs": case.epochs,
         "ppo.mini_batch_size": mini,
         "ppo.micro_batch_size": mini,
+        "ppo.micro_batch_tokens": mini * (case.prompt + case.response),
         "ppo.kl_coef": case.kl_coef,
         "ppo.vf_coef": case.vf_coef,
         "ppo.cliprange": case.cliprange,
@@ -97,15 +98,6 @@ def settings(case: Case, model: str, more: dict[str, Any] | None = None) -> Conf
         "optim.betas": [0.9, 0.999],
         "optim.max_grad_norm": 1e9,  # TRL clips no gradient
         **{f"rewards.{name}.fn": f"{Path(__file__)}:{name}" for name in names},
-    }
-    # Conditional until the learner of any kind knows them: a separate critic needs the key `model.value`.
-    wanted |= {
-        key: value
-        for key, value in {
-            "model.value": case.critic,
-            "ppo.micro_batch_tokens": mini * (case.prompt + case.response),
-        }.items()
-        if key in known
     }
     return load(None, wanted | (more or {}), folder=Path.cwd())
 
@@ -158,7 +150,7 @@ class Side:
         return {
             "ok": True,
             "parameters": sum(p.numel() for p in self.learner.policy.parameters()),
-            "value": getattr(self.cfg.model, "value", "shared"),
+            "value": self.cfg.model.value,
             "threads": torch.get_num_threads(),
             "versions": {name: version(name) for name in ("torch", "transformers")},
         }
@@ -291,8 +283,8 @@ def _trajectory(request: PromptRequest, ids: np.ndarray, rewards: list[str]) -> 
 # --- the test of equality on a batch that TRL's loop had
 
 
-def _critic(policy: torch.nn.Module, theirs: dict[str, torch.Tensor]) -> dict[str, torch.nn.Parameter] | None:
-    """TRL's names of the critic's parameters -> ours, or None where the value head stands on the policy's trunk."""
+def _critic(policy: torch.nn.Module, theirs: dict[str, torch.Tensor]) -> dict[str, torch.nn.Parameter]:
+    """TRL's names of the critic's parameters -> our parameters: a trunk of its own, and the value head's weight."""
     own = {n: p for n, p in policy.named_parameters() if not n.startswith("lm.")}
     found = {}
     for name, weight in theirs.items():
@@ -300,9 +292,8 @@ def _critic(policy: torch.nn.Module, theirs: dict[str, torch.Tensor]) -> dict[st
         fits = [n for n, p in own.items() if f".{n}".endswith(f".{ending}") and p.shape == weight.shape]
         if name == "score.weight":
             fits = [n for n in fits if "head" in n]
-        if len(fits) != 1:
-            return None
-        found[name] = own[fits[0]]
+        (only,) = fits
+        found[name] = own[only]
     return found
 
 
@@ -313,10 +304,7 @@ def compare(case: Case, model: str, stored: dict[str, torch.Tensor]) -> dict[str
         side: {n.removeprefix(f"{side}.weight."): w for n, w in stored.items() if n.startswith(f"{side}.weight.")}
         for side in ("policy", "critic")
     }
-    # Ratios are off 1 on purpose, so no checks. Where the value head stands on the policy's trunk, its loss would be in
-    # the gradients of the policy: those are then compared without it, as they are alone in TRL's policy.
-    more = {"run.checks": False} | ({} if "model.value" in leaf_keys() else {"ppo.vf_coef": 0.0})
-    cfg = settings(case, model, more)
+    cfg = settings(case, model, {"run.checks": False})  # ratios are off 1 on purpose
     accelerator = Accelerator(cpu=True, mixed_precision="no")
     learner = Learner(cfg, accelerator, *(load_causal_lm(model, torch.float32).eval() for _ in range(2)))
     lm = dict(learner.policy.lm.named_parameters())
@@ -324,7 +312,7 @@ def compare(case: Case, model: str, stored: dict[str, torch.Tensor]) -> dict[str
     with torch.no_grad():
         for name, weight in theirs["policy"].items():
             assert torch.equal(lm[name], weight), f"{name} is not what both sides loaded"
-        for name, p in (critic or {}).items():
+        for name, p in critic.items():
             p.copy_(theirs["critic"][name])
 
     start, ids = int(stored["context_length"]), stored["query_responses"]
@@ -350,9 +338,8 @@ def compare(case: Case, model: str, stored: dict[str, torch.Tensor]) -> dict[str
     found: dict[str, float | str] = {
         "old log-probs": most(batch.old_logprobs, "logprobs"),
         "reference log-probs": most(batch.ref_logprobs, "ref_logprobs"),
+        "values": most(batch.values, "values"),
     }
-    if critic:
-        found["values"] = most(batch.values, "values")
     if equal_lengths:  # TRL's own score on the last token, its log-probs and values: our reward shaping, GAE, whitening
         rewards = torch.zeros(mask.shape)
         rewards[:, -1] = stored["scores"]
@@ -394,13 +381,8 @@ def compare(case: Case, model: str, stored: dict[str, torch.Tensor]) -> dict[str
             errors.append(float((got - want).norm() / want.norm().clamp(min=1e-12)))
         return max(errors)
 
-    if critic or cfg.ppo.vf_coef == 0:
-        found["policy gradients"] = worst("policy", lm)
-    else:
-        found["policy gradients"] = "not compared: policy and value function share a trunk here"
-    if critic is None:
-        found["value loss"] = "not compared: TRL has no value head on the policy's trunk"
-    elif not equal_lengths:
+    found["policy gradients"] = worst("policy", lm)
+    if not equal_lengths:
         found["value loss"] = "differs by design: TRL trains the value of one position after the last token as well"
     else:
         found["value loss"] = abs(means["loss/value"] - float(stored["vf_loss"]))
