@@ -40,18 +40,20 @@ QUIET_LOAD, QUIET_DRIFT = 0.3, 0.10
 
 
 class Bench:
-    def __init__(self, trl_python: Path, scratch: Path, threads: int, *, passive: bool) -> None:
+    def __init__(
+        self, trl_python: Path, scratch: Path, threads: int, *, passive: bool, env: dict[str, str] | None = None
+    ) -> None:
         self._trl_python, self._scratch = trl_python, scratch
-        self._threads = {"OMP_NUM_THREADS": str(threads)}
+        self._env = {"OMP_NUM_THREADS": str(threads)} | (env or {})
         if passive:
-            self._threads["OMP_WAIT_POLICY"] = "PASSIVE"
+            self._env["OMP_WAIT_POLICY"] = "PASSIVE"
         self.versions: dict[str, dict[str, str]] = {}
 
     def ours(self) -> Child:
-        return Child(Path(sys.executable), "peer_ours.py", env=self._threads, log=self._scratch / "ours.log")
+        return Child(Path(sys.executable), "peer_ours.py", env=self._env, log=self._scratch / "ours.log")
 
     def trl(self) -> Child:
-        return Child(self._trl_python, "peer_trl.py", env=self._threads, log=self._scratch / "trl.log")
+        return Child(self._trl_python, "peer_trl.py", env=self._env, log=self._scratch / "trl.log")
 
     def model(self, size: Size, child: Child) -> str:
         folder = self._scratch / f"model-{size.parameters}-{size.vocabulary}"
@@ -72,7 +74,7 @@ class Bench:
     def roof(self, seconds: float) -> dict[str, float]:
         command = [sys.executable, str(Path(__file__).with_name("gemm_roof.py")), "--seconds", str(seconds)]
         return json.loads(
-            subprocess.run(command, env=os.environ | self._threads, check=True, capture_output=True, text=True).stdout
+            subprocess.run(command, env=os.environ | self._env, check=True, capture_output=True, text=True).stdout
         )
 
     def equality(self) -> dict[str, dict[str, Any]]:

@@ -156,7 +156,7 @@ def test_an_unequal_number_is_said_and_counted():
 
 def test_memory_goals_are_judged_at_the_largest_vocabulary():
     def at(above: int, weights: int) -> dict:
-        return {"above_bytes": above, "before_bytes": 0, "weights_bytes": weights, "seconds": 1.0}
+        return {"above_bytes": above, "weights_bytes": weights, "seconds": 1.0}
 
     found = {
         "TRL": {1_000: at(9_000_000, 0), 2_000: at(60_000_000, 0)},
