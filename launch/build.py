@@ -91,6 +91,8 @@ def prompt_streams(
         rows, places = load_training_rows(data)
     else:
         places = [Place("data.path", i) for i in range(len(rows))]
+    if not rows:
+        raise UserError(f"data.path: has no rows; each line must be an object with `{data.prompt_column}`")
     early.refuse_reserved(rows, data.prompt_column)
     held_out = None
     if data.eval_frac:

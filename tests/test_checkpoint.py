@@ -14,8 +14,9 @@ from accelerate.state import AcceleratorState
 
 import tiny_models
 from core.faults import StorageFault, UserError
+from policy_reading import policy_of
 from trainer import checkpoint
-from trainer.model import PolicyWithValueHead
+from trainer.engine_weights import whole_policy
 from trainer.ranks import Ranks
 
 
@@ -38,7 +39,7 @@ class Learner:
 
     def __init__(self) -> None:
         self._accelerator = Accelerator(cpu=True)
-        policy = PolicyWithValueHead(tiny_models.make_model("gpt2"))
+        policy = policy_of(tiny_models.make_model("gpt2"))
         self._accelerator.prepare(policy, torch.optim.AdamW(policy.parameters()))
 
     def save_state(self, folder: Path) -> None:
@@ -63,8 +64,8 @@ def test_a_disk_that_fills_up_is_a_storage_fault_and_leaves_no_checkpoint(small,
 def test_exported_weights_that_do_not_fit_are_a_storage_fault(small):
     (small / "ballast").write_bytes(b"x" * 250_000)
     with pytest.raises(StorageFault, match="could not be written"):
-        policy = PolicyWithValueHead(tiny_models.make_model("gpt2"))
-        checkpoint.save_pretrained(policy, tiny_models.make_tokenizer(), small / "best", step=1)
+        policy = policy_of(tiny_models.make_model("gpt2"))
+        checkpoint.save_pretrained(policy, whole_policy(policy), tiny_models.make_tokenizer(), small / "best", step=1)
     assert not (small / "best").exists()
 
 
@@ -202,8 +203,8 @@ def test_without_room_for_the_next_checkpoint_none_is_begun(tmp_path, learner, m
 
 
 def test_weights_whose_replacement_was_cut_in_two_are_put_back(tmp_path, monkeypatch):
-    policy = PolicyWithValueHead(tiny_models.make_model("gpt2"))
-    checkpoint.save_pretrained(policy, tiny_models.make_tokenizer(), tmp_path / "best", step=1)
+    policy = policy_of(tiny_models.make_model("gpt2"))
+    checkpoint.save_pretrained(policy, whole_policy(policy), tiny_models.make_tokenizer(), tmp_path / "best", step=1)
     before = {p.name: p.read_bytes() for p in (tmp_path / "best").iterdir()}
     replace, calls = checkpoint.os.replace, []
 
@@ -216,17 +217,19 @@ def test_weights_whose_replacement_was_cut_in_two_are_put_back(tmp_path, monkeyp
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint.os, "replace", dies_before_the_second)
         with pytest.raises(KeyboardInterrupt):
-            checkpoint.save_pretrained(policy, tiny_models.make_tokenizer(), tmp_path / "best", step=2)
+            checkpoint.save_pretrained(
+                policy, whole_policy(policy), tiny_models.make_tokenizer(), tmp_path / "best", step=2
+            )
     assert not (tmp_path / "best").exists()
     checkpoint.put_back(tmp_path / "best")
     assert {p.name: p.read_bytes() for p in (tmp_path / "best").iterdir()} == before
-    checkpoint.save_pretrained(policy, tiny_models.make_tokenizer(), tmp_path / "best", step=2)
+    checkpoint.save_pretrained(policy, whole_policy(policy), tiny_models.make_tokenizer(), tmp_path / "best", step=2)
     assert [p.name for p in tmp_path.iterdir()] == ["best"]
 
 
 def test_a_folder_of_weights_has_a_manifest_and_the_generation_config_of_its_base(tmp_path):
-    policy = PolicyWithValueHead(tiny_models.make_model("gpt2"))
-    checkpoint.save_pretrained(policy, tiny_models.make_tokenizer(), tmp_path / "final", step=7)
+    policy = policy_of(tiny_models.make_model("gpt2"))
+    checkpoint.save_pretrained(policy, whole_policy(policy), tiny_models.make_tokenizer(), tmp_path / "final", step=7)
     assert json.loads((tmp_path / "final" / "generation_config.json").read_text())["eos_token_id"] == [0, 7]
     assert checkpoint.damage_of(tmp_path / "final") is None
     file = tmp_path / "final" / "model.safetensors"

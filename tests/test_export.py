@@ -20,8 +20,9 @@ import tiny_models
 from core.config import load, to_yaml
 from core.faults import StorageFault, UserError
 from launch import export, run_folder
+from policy_reading import policy_of
 from trainer import checkpoint
-from trainer.model import PolicyWithValueHead
+from trainer.engine_weights import whole_policy
 
 ROOT = Path(__file__).parents[1]
 
@@ -47,8 +48,10 @@ def run(tmp_path) -> Path:
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(to_yaml(cfg))
     for part, seed in (("final", 1), ("best", 2)):
-        policy = PolicyWithValueHead(tiny_models.make_model("gpt2", seed=seed))
-        checkpoint.save_pretrained(policy, tiny_models.make_tokenizer(), folder / part, step=8 if seed == 1 else 6)
+        policy = policy_of(tiny_models.make_model("gpt2", seed=seed))
+        checkpoint.save_pretrained(
+            policy, whole_policy(policy), tiny_models.make_tokenizer(), folder / part, step=8 if seed == 1 else 6
+        )
     evals = {
         "before": {"reward/total": 0.25, "judge": 0.5, "step": 0},
         "best": {"reward/total": 0.875, "judge": 0.75, "step": 6},

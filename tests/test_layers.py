@@ -20,8 +20,20 @@ MAY_IMPORT = {
 }
 VENDORS = {
     "ray": ("rollout/worker.py", "rollout/group.py", "reward_server/server.py", "reward_server/client.py", "launch/"),
-    "accelerate": ("trainer/learner.py", "trainer/weight_sender.py", "trainer/checkpoint.py", "launch/"),
-    "deepspeed": ("trainer/learner.py", "trainer/weight_sender.py", "trainer/checkpoint.py", "launch/"),
+    "accelerate": (
+        "trainer/learner.py",
+        "trainer/weight_sender.py",
+        "trainer/checkpoint.py",
+        "trainer/engine_weights.py",
+        "launch/",
+    ),
+    "deepspeed": (
+        "trainer/learner.py",
+        "trainer/weight_sender.py",
+        "trainer/checkpoint.py",
+        "trainer/engine_weights.py",
+        "launch/",
+    ),
     "wandb": ("trainer/run_log.py",),
 }
 SOURCES = sorted(path for package in MAY_IMPORT for path in (ROOT / package).rglob("*.py"))

@@ -150,7 +150,9 @@ def test_a_cut_response_is_bootstrapped_with_the_value_after_its_last_token():
         i = int(batch.cut.nonzero()[0])
         ids = batch.rows(np.array([i])).input_ids
         with torch.no_grad():
-            hidden = it.policy.lm(input_ids=ids, output_hidden_states=True).hidden_states[-1][0, -1]
+            hidden = tiny_models.make_model("llama-tied")(input_ids=ids, output_hidden_states=True).hidden_states[-1][
+                0, -1
+            ]
             want = float(it.policy.value_head(hidden))
         assert abs(want) > 1e-3
         assert float(batch.bootstrap_values[i]) == pytest.approx(want if bootstrap else 0.0, abs=1e-4)

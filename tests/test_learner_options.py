@@ -35,7 +35,7 @@ def updated(**options: object) -> tuple[Learner, dict[str, float]]:
     models = (tiny_models.make_model("llama-tied") for _ in range(2))
     it = Learner(cfg, Accelerator(cpu=True), *models)
     batch, _ = it.annotate(TrainBatch.collate(tiny_models.roll_out(engine, N)))
-    batch.order[:, 0] //= 2  # two samples of each prompt
+    batch.order[:, 0] //= 2  # as if two samples had one prompt
     batch = credit(cfg, batch.fill(token_rewards=batch.component_rewards["a"].float()), 0.02, it.ranks.sum)
     return it, it.update(batch)
 

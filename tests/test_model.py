@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from policy_reading import WAYS, policy_of, read
 from transformers import AutoModelForCausalLM
 
 import tiny_models
 from core.trajectory import Trajectory
+from policy_reading import WAYS, policy_of, read
 from rollout.engines.transformers_engine import TransformersEngine
 from trainer.batch import TrainBatch
 

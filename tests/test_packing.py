@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from policy_reading import WAYS, policy_of, read
 from torch.nn import functional as F
 
 import tiny_models
+from policy_reading import WAYS, policy_of, read
 from rollout.engines.transformers_engine import TransformersEngine
 from trainer.batch import TrainBatch
-from trainer.packing import Segments, attend, pack, packed_size
+from trainer.packing import Segments, attend, pack
 
 
 def test_the_layout_by_hand():
@@ -17,7 +17,7 @@ def test_the_layout_by_hand():
     first token not the policy's own."""
     ids = torch.tensor([[5, 6, 7, 8, 9], [5, 6, 7, 4, 0], [0, 0, 1, 2, 3]])
     mask = torch.tensor([[True, True], [True, False], [False, True]])
-    packed = pack(ids, torch.tensor([3, 3, 1]), torch.tensor([2, 1, 2]), mask, np.array([4, 4, 9]))
+    packed = pack(ids, torch.tensor([3, 3, 1]), torch.tensor([2, 1, 2]), mask)
     assert packed.ids.tolist() == [[5, 6, 7, 8, 9, 4, 1, 2, 3]]
     assert packed.positions.tolist() == [[0, 1, 2, 3, 4, 3, 0, 1, 2]]
     assert packed.token.tolist() == [8, 9, 4, 3]
@@ -25,13 +25,11 @@ def test_the_layout_by_hand():
     assert packed.after_at.tolist() == [4, 5, 8]
     assert packed.row.tolist() == [0, 0, 1, 2] and packed.column.tolist() == [0, 1, 0, 1]
     assert packed.segments._spans.tolist() == [[0, 3, 0, 0], [3, 2, 0, 3], [5, 1, 0, 3], [6, 3, 0, 0]]
-    assert packed_size(np.array([3, 3, 1]), np.array([2, 1, 2]), np.array([4, 4, 9])) == len(packed) == 9
+    assert len(packed) == 9
 
 
 def test_an_empty_response_has_the_state_of_its_prompt_behind_it():
-    packed = pack(
-        torch.tensor([[3, 4, 0]]), torch.tensor([2]), torch.tensor([0]), torch.zeros(1, 1).bool(), np.zeros(1)
-    )
+    packed = pack(torch.tensor([[3, 4, 0]]), torch.tensor([2]), torch.tensor([0]), torch.zeros(1, 1).bool())
     assert packed.ids.tolist() == [[3, 4]] and packed.after_at.tolist() == [1] and len(packed.token) == 0
 
 

@@ -93,7 +93,7 @@ class _ChunkedLoss(torch.autograd.Function):
                 wanted = [l] if e is None else [l, e]
                 g, *h = torch.autograd.grad(loss, wanted, allow_unused=True, materialize_grads=True)
             total += loss.detach()
-            parts.append(of_chunk)
+            parts.append({name: value.detach() for name, value in of_chunk.items()})
             if not (for_states or for_weight or for_bias):
                 continue
             d_logits = _d_logits(logp, e, ids, g, h[0] if h else None, temperature).to(states.dtype)

@@ -435,7 +435,7 @@ class Learner:
         lengths = [torch.tensor([x.shape[1]]) for x in (probe.prompt_ids, probe.response_ids)]
         mask = torch.ones(1, probe.response_ids.shape[1], dtype=torch.bool)
         return Inputs(
-            packed=pack(ids, *lengths, mask, np.zeros(1), self.device) if packed else None,
+            packed=pack(ids, *lengths, mask, self.device) if packed else None,
             input_ids=ids.to(self.device),
             prompt_lengths=lengths[0].to(self.device),
             response_lengths=lengths[1].to(self.device),

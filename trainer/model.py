@@ -47,12 +47,11 @@ class Inputs:
 
 
 def inputs_of(batch: TrainBatch, device: torch.device, *, packed: bool) -> Inputs:
-    """What a forward reads of some rows. Rows of one ordinal have one prompt."""
+    """What a forward reads of some rows."""
     mask = batch.response_mask
     lengths = batch.prompt_lengths, batch.response_lengths
-    prompt_of = batch.order[:, 0] if len(batch.order) == len(batch) else np.arange(len(batch))  # an idle row has none
     return Inputs(
-        packed=pack(batch.input_ids, *lengths, mask, prompt_of, device) if packed else None,
+        packed=pack(batch.input_ids, *lengths, mask, device) if packed else None,
         input_ids=batch.input_ids.to(device),
         prompt_lengths=batch.prompt_lengths.to(device),
         response_lengths=batch.response_lengths.to(device),
@@ -68,7 +67,7 @@ def inputs_of_texts(texts: list[np.ndarray], device: torch.device, *, packed: bo
         row[: len(x)] = torch.from_numpy(x)
     ones, mask = torch.ones_like(n), torch.arange(int(n.max())) < n[:, None]
     return Inputs(
-        packed=pack(ids, ones, n, mask, np.arange(len(texts)), device) if packed else None,
+        packed=pack(ids, ones, n, mask, device) if packed else None,
         input_ids=ids.to(device),
         prompt_lengths=ones.to(device),
         response_lengths=n.to(device),
@@ -195,7 +194,7 @@ class CausalForward:
             line[: len(row)] = row.cpu()
         n_prompts, n_responses = (torch.tensor(x) for x in zip(*lengths, strict=True))
         mask = torch.arange(width - 4) < n_responses[:, None]
-        packed = pack(padded, n_prompts, n_responses, mask, np.array([0, 0, 1]), ids.device)
+        packed = pack(padded, n_prompts, n_responses, mask, ids.device)
         expected = torch.cat([x[p - 1 : p - 1 + t] for x, (p, t) in zip(alone, lengths, strict=True)])
         try:
             self.lm.set_attn_implementation(ATTENTION)

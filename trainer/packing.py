@@ -169,14 +169,13 @@ def pack(
     prompt_lengths: Tensor,
     response_lengths: Tensor,
     response_mask: Tensor,
-    prompt_of: np.ndarray,
     device: torch.device | str = "cpu",
 ) -> Packed:
     """Rows of a padded batch (prompts on the left, responses on the right) -> one sequence.
 
     Args:
-        ids: [S, P + T]; `response_mask` [S, T] says which response tokens are scored; lengths [S].
-        prompt_of: [S] a number for each row; rows with one number have one prompt, which is then packed once.
+        ids: [S, P + T]; `response_mask` [S, T] says which response tokens are scored; lengths [S]. Rows whose prompts are
+            the same, id by id, share one.
     """
     ids, mask = ids.cpu().numpy(), response_mask.cpu().numpy()
     n_prompts, n_responses = prompt_lengths.cpu().numpy(), response_lengths.cpu().numpy()
@@ -187,9 +186,11 @@ def pack(
     starts = np.zeros(len(ids), dtype=np.int64)  # of each response
     lasts = np.zeros(len(ids), dtype=np.int64)  # of the prompt's last token
     n = 0
-    _, first, counts = np.unique(prompt_of, return_index=True, return_counts=True)
-    for leader, count in sorted(zip(first.tolist(), counts.tolist(), strict=True)):
-        members = [leader] if count == 1 else np.flatnonzero(prompt_of == prompt_of[leader]).tolist()
+    of_prompt: dict[bytes, list[int]] = {}
+    for row, n_prompt in enumerate(n_prompts.tolist()):
+        of_prompt.setdefault(ids[row, p - n_prompt : p].tobytes(), []).append(row)
+    for leader, *others in of_prompt.values():
+        members = [leader, *others]
         n_prompt, prompt_start = int(n_prompts[leader]), n
         flat.append(ids[leader, p - n_prompt : p])
         positions.append(np.arange(n_prompt))
@@ -223,12 +224,6 @@ def pack(
         row=tensor(rows),
         column=tensor(columns),
     )
-
-
-def packed_size(n_prompts: np.ndarray, n_responses: np.ndarray, prompt_of: np.ndarray) -> int:
-    """Tokens that `pack` makes of such rows."""
-    _, first = np.unique(prompt_of, return_index=True)
-    return int(n_prompts[first].sum() + n_responses.sum())
 
 
 def attend(
