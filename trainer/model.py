@@ -84,7 +84,7 @@ class CausalForward:
     """
 
     def __init__(self, lm: PreTrainedModel, dtype: torch.dtype = torch.float32) -> None:
-        self.lm, self._dtype = lm, dtype
+        self.lm, self._dtype = lm.eval(), dtype  # dropout would move the ratios off 1, and what is asked of it below
         # Models without absolute or rotary positions (ALiBi) take none; they read the attention mask.
         self._takes_positions = "position_ids" in inspect.signature(lm.forward).parameters
         self._own_hidden: Tensor | None = None

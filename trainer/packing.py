@@ -174,8 +174,8 @@ def pack(
     """Rows of a padded batch (prompts on the left, responses on the right) -> one sequence.
 
     Args:
-        ids: [S, P + T]; `response_mask` [S, T] says which response tokens are scored; lengths [S]. Rows whose prompts are
-            the same, id by id, share one.
+        ids: [S, P + T]; `response_mask` [S, T] says which response tokens are scored; lengths [S]. Rows whose prompts
+            are the same, id by id, share one.
     """
     ids, mask = ids.cpu().numpy(), response_mask.cpu().numpy()
     n_prompts, n_responses = prompt_lengths.cpu().numpy(), response_lengths.cpu().numpy()
