@@ -105,7 +105,7 @@ class Learner:
         self._ranks_agree = self.ranks.size == 1  # equal parameters after a first step of this process were seen
         self._texts = texts or []
         self.step = 0  # PPO updates that are done
-        self._optimizer_steps = 0  # that are done
+        self._optimizer_steps = 0  # place in the schedule: of the next one; an early exit from the epochs skips some
 
     def _adamw(self) -> torch.optim.AdamW:
         optim = self.cfg.optim
@@ -215,6 +215,7 @@ class Learner:
         mini-batch are not 1.
         """
         cfg, sums, norms = self.cfg.ppo, Sums(), []
+        self._optimizer_steps = self._schedule_at(self.step)
         for epoch in range(cfg.ppo_epochs):
             of_epoch: list[dict[str, Tensor]] = []
             for index, mini in enumerate(self._mini_batches(batch, epoch)):
@@ -453,7 +454,11 @@ class Learner:
         """Put back what `save_state` wrote after `step` updates. All ranks call it."""
         engine_weights.load_state(self._accelerator, self.policy, folder)
         self.step = step
-        self._optimizer_steps = step * self.cfg.optimizer_steps // self.cfg.run.steps
+
+    def _schedule_at(self, step: int) -> int:
+        """The place in the schedule with which the update after `step` updates begins: a function of it alone, so that
+        a run that goes on from a checkpoint, or left its epochs early, has the rate that any other has."""
+        return step * self.cfg.optimizer_steps // self.cfg.run.steps
 
 
 def _largest(x: Tensor) -> float:
