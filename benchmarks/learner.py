@@ -122,6 +122,7 @@ def configured(args: argparse.Namespace, **more: object) -> object:
             "ppo.micro_batch_tokens": args.tokens,
             "ppo.ppo_epochs": 1,
             "model.gradient_checkpointing": args.gradient_checkpointing,
+            "model.compile": args.compile,
             "run.checks": False,
             "optim.lr": 1e-6,
             **more,
@@ -227,6 +228,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16_384, help="of a micro-batch")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--gradient_checkpointing", action="store_true")
+    parser.add_argument("--compile", action="store_true")
     parser.add_argument("--iteration", action="store_true", help="a whole PPO iteration instead")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()

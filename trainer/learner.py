@@ -99,6 +99,8 @@ class Learner:
                 " train on its own and never reduce gradients; use launch/accelerate/ddp.yaml or zero2.yaml"
             )
         self._engine.eval()
+        if cfg.model.compile:
+            self.policy.compile_layers()
         if cfg.model.gradient_checkpointing:
             self.policy.checkpoint_activations()
         self._last_lr = 0.0

@@ -123,7 +123,11 @@ class CausalForward:
                 *_, logits = self.own_logits(inputs)
                 return logprobs_from_logits(logits, inputs.token, temperature), entropy_from_logits(logits, temperature)
             states, _ = self.states(inputs)
-            return fused_head.score(self.head, states, inputs.token, temperature)
+            return fused_head.score(self.head, self.for_head(states), inputs.token, temperature)
+
+    def for_head(self, states: Tensor) -> Tensor:
+        """States in the dtype in which the output layer computes: norms leave float32 behind them under autocast."""
+        return states.to(self._dtype) if self._dtype == torch.bfloat16 else states
 
     def _autocast(self, device: torch.device) -> torch.autocast:
         return torch.autocast(device.type, dtype=self._dtype, enabled=self._dtype == torch.bfloat16)
@@ -275,7 +279,7 @@ class PolicyWithValueHead(nn.Module):
             head, token = self.reader.head, inputs.token
             if token_loss is None:
                 if logits is None:
-                    first, entropy = fused_head.score(head, states, token, temperature)
+                    first, entropy = fused_head.score(head, self.reader.for_head(states), token, temperature)
                 else:
                     first = logprobs_from_logits(logits, token, temperature)
                     entropy = entropy_from_logits(logits, temperature)
@@ -284,7 +288,7 @@ class PolicyWithValueHead(nn.Module):
                 entropy = None
                 if logits is None:
                     first, sums = fused_head.loss_of_tokens(
-                        head, states, token, temperature, token_loss, with_entropy=with_entropy
+                        head, self.reader.for_head(states), token, temperature, token_loss, with_entropy=with_entropy
                     )
                 else:
                     of_tokens = entropy_from_logits(logits, temperature) if with_entropy else None
@@ -307,6 +311,14 @@ class PolicyWithValueHead(nn.Module):
         """Those that only the value loss trains, as far as they are apart."""
         of_trunk = self.critic.parameters() if self.value == "separate" else adapters.parameters(self.lm, "critic")
         return [*self.value_head.parameters(), *of_trunk]
+
+    def compile_layers(self) -> None:
+        """torch.compile of what stands around attention in each layer: norms and MLPs, many small kernels otherwise."""
+        for layer in self.modules():
+            if isinstance(layer, GradientCheckpointingLayer):
+                for name, part in layer.named_children():
+                    if "attn" not in name and not name.endswith("attention"):
+                        part.compile(dynamic=True)
 
     def checkpoint_activations(self) -> None:
         """Compute the activations of each layer again in the backward pass instead of keeping them.

@@ -100,6 +100,7 @@ def updated(device: str, dtype: str) -> tuple[Learner, dict[str, float]]:
     model = tiny_models.make_model("qwen2-tied").to(device, getattr(torch, dtype))
     engine = TransformersEngine(model, tuple(range(30)), temperature=1.0, max_new_tokens=16)
     batch = TrainBatch.collate(tiny_models.roll_out(engine, 12))
+    AcceleratorState._reset_state(reset_partial_state=True)  # of the other device
     it = Learner(
         cfg,
         Accelerator(cpu=device == "cpu"),
