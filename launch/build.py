@@ -5,6 +5,8 @@ import hashlib
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from core.faults import UserError
 from core.reward_name import RewardName
 from core.schema import Config
@@ -117,6 +119,29 @@ def prompt_streams(
             eval_rows = [{"dataset": "held_out"} | row for row in eval_rows]
         held_out = make_held_out(eval_rows, source="data.eval_path")
     return training, held_out
+
+
+def texts(cfg: Config, tokenizer: Any) -> list[np.ndarray]:
+    """Ids of the texts of `data.ptx_path`, column `text`, each with the tokenizer's eos; [] without one. What is longer
+    than prompt and response may be becomes several. Raises UserError."""
+    path = cfg.data.ptx_path
+    if path is None:
+        return []
+    room = response_room(cfg)
+    width = cfg.rollout.max_new_tokens + min(cfg.data.max_prompt_tokens, *([] if room is None else [room]))
+    pieces: list[np.ndarray] = []
+    for i, row in enumerate(load_rows(path, cfg.data.split, "data.ptx_path")):
+        if not isinstance(row.get("text"), str):
+            raise UserError(
+                f"data.ptx_path = {path}: row {i + 1} has no text in `text` (its columns: {', '.join(row)})"
+            )
+        ids = tokenizer.encode(row["text"])
+        ids += [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+        cut = [ids[start : start + width] for start in range(0, len(ids), width)]
+        pieces += [np.asarray(piece, dtype=np.int64) for piece in cut if len(piece) > 1]
+    if not pieces:
+        raise UserError(f"data.ptx_path = {path}: has no text of two tokens or more; give texts, or ppo.ptx_coef 0")
+    return pieces
 
 
 def reference_lm(cfg: Config, device: Any) -> Any:

@@ -189,7 +189,8 @@ def _train(
         lm = load_causal_lm(cfg.model.path, job.accelerator.device)
         ref_lm = build.reference_lm(cfg, job.accelerator.device)
         critic = build.critic(cfg, job.accelerator.device)
-    learner = Learner(cfg, job.accelerator, lm, ref_lm, ranks, critic=critic)
+        texts = build.texts(cfg, job.tokenizer)
+    learner = Learner(cfg, job.accelerator, lm, ref_lm, ranks, critic=critic, texts=texts)
     with ranks.together():
         servers = rewards.wait_ready()
         rollouts.wait_ready()

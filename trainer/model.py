@@ -24,7 +24,7 @@ from core.schema import ModelConfig
 from trainer import adapters, fused_head
 from trainer.batch import TrainBatch
 from trainer.fused_head import TokenLoss
-from trainer.packing import ATTENTION, Packed, pack
+from trainer.packing import ATTENTION, Packed, pack, take_rows
 
 # Settings by which some models change their logits after the output layer, where that shows on trained weights only.
 _AFTER_THE_HEAD = ("final_logit_softcapping", "logits_soft_cap", "logit_scale", "logits_scaling", "lm_head_multiplier")
@@ -102,7 +102,7 @@ class CausalForward:
             p = inputs.packed
             with self._autocast(p.ids.device):
                 hidden = self._packed_hidden(trunk, p)
-            return hidden.index_select(0, p.state_at), hidden.index_select(0, p.after_at)
+            return take_rows(hidden, p.state_at), take_rows(hidden, p.after_at)
         with self._autocast(inputs.input_ids.device):
             hidden = trunk(**self._padded(inputs)).last_hidden_state
         return self._select(hidden, inputs)

@@ -32,7 +32,7 @@ _MOST_SCORES = 1 << 25  # entries of one mask: more segments than fit go into th
 class _Group:
     """Segments of like length that are attended in one call, padded among themselves."""
 
-    queries: Tensor  # [G * Lq] rows of the sequence; padding points at row 0
+    queries: Tensor | None  # [G * Lq] rows of the sequence, padding points at row 0; None: the sequence as it stands
     keys: Tensor | None  # [G * Lk] rows that the queries see; None: the queries themselves, causally
     mask: Tensor | None  # [G, 1, Lq, Lk] bool; None where `keys` is
     size: int  # G
@@ -63,7 +63,8 @@ class Segments:
         spans, groups, rows = self._spans, [], []
         for alone in (True, False):
             kind = spans[(spans[:, 3] == 0) == alone]
-            kind = kind[np.lexsort((kind[:, 1], kind[:, 1] + kind[:, 3]))[::-1]]  # longest first
+            # Longest first; those of one length stay in order, so that a batch of one length needs no gather at all.
+            kind = kind[np.lexsort((kind[:, 0], -kind[:, 1], -kind[:, 1] - kind[:, 3]))]
             start = 0
             while start < len(kind):
                 stop = self._group_end(kind, start)
@@ -110,13 +111,18 @@ class Segments:
             mask = at[None, None, :] <= (n_prompt[:, None] + column)[:, :, None]
             mask &= (in_prompt | in_response)[:, None, :]
         group = _Group(
-            queries=self._tensor(queries.reshape(-1)),
+            queries=None if self._is_whole(queries) else self._tensor(queries.reshape(-1)),
             keys=None if keys is None else self._tensor(keys.reshape(-1)),
             mask=None if mask is None else self._tensor(mask[:, None]),
             size=len(spans),
             valid=None if valid.all() else self._tensor(np.flatnonzero(valid)),
         )
         return group, rows
+
+    def _is_whole(self, rows: np.ndarray) -> bool:
+        """Whether `rows` are all rows of the sequence in order."""
+        n = int((self._spans[:, 0] + self._spans[:, 1]).max())
+        return rows.size == n and bool((rows.reshape(-1) == np.arange(n)).all())
 
     @cached_property
     def varlen(self) -> _Varlen:
@@ -262,9 +268,8 @@ def _attend_groups(q: Tensor, k: Tensor, v: Tensor, groups: tuple[list[_Group], 
     outs = []
     for g in groups[0]:
 
-        def gathered(flat: Tensor, at: Tensor, n_heads: int, g: _Group = g) -> Tensor:
-            whole = len(at) == len(flat) and g.size == 1 and g.keys is None  # one segment, the sequence itself
-            picked = flat if whole else flat.index_select(0, at)
+        def gathered(flat: Tensor, at: Tensor | None, n_heads: int, g: _Group = g) -> Tensor:
+            picked = flat if at is None else _Rows.apply(flat, at)
             return picked.view(g.size, -1, n_heads, width).transpose(1, 2)  # [G, H, L, D]
 
         keys = g.queries if g.keys is None else g.keys
@@ -278,10 +283,30 @@ def _attend_groups(q: Tensor, k: Tensor, v: Tensor, groups: tuple[list[_Group], 
             enable_gqa=heads != kv_heads,
         )
         out = out.transpose(1, 2).reshape(-1, heads * width)
-        outs.append(out if g.valid is None else out.index_select(0, g.valid))
+        outs.append(out if g.valid is None else _Rows.apply(out, g.valid))
     out = outs[0] if len(outs) == 1 else torch.cat(outs)
     inverse = groups[1]
-    return (out if inverse is None else out.index_select(0, inverse)).view(-1, heads, width)
+    return (out if inverse is None else _Rows.apply(out, inverse)).view(-1, heads, width)
+
+
+def take_rows(x: Tensor, at: Tensor) -> Tensor:
+    """x[at], [N, W] and [M] -> [M, W]."""
+    return _Rows.apply(x, at)
+
+
+class _Rows(torch.autograd.Function):
+    """x[at] for [N, W] x: autograd's own gradient of it on a CPU adds element by element, this one row by row."""
+
+    @staticmethod
+    def forward(ctx, x, at):  # noqa: ANN001, ANN205
+        ctx.save_for_backward(at)
+        ctx.n = len(x)
+        return x.index_select(0, at)
+
+    @staticmethod
+    def backward(ctx, grad):  # noqa: ANN001, ANN205
+        (at,) = ctx.saved_tensors
+        return grad.new_zeros(ctx.n, grad.shape[1]).index_add_(0, at, grad.contiguous()), None
 
 
 try:
@@ -298,7 +323,7 @@ def _attend_varlen(q: Tensor, k: Tensor, v: Tensor, at: _Varlen, scale: float) -
         else:
             k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     if at.keys is not None:
-        k, v = (x.reshape(len(x), -1).index_select(0, at.keys).view(-1, *x.shape[1:]) for x in (k, v))
+        k, v = (_Rows.apply(x.reshape(len(x), -1), at.keys).view(-1, *x.shape[1:]) for x in (k, v))
     q, k, v = (x.contiguous() for x in (q, k, v))
     return _varlen_attn(q, k, v, at.q_starts, at.k_starts, at.longest_q, at.longest_k, scale=scale, **options)
 
