@@ -27,6 +27,7 @@ from core.trajectory import PromptRequest, Trajectory, sample_uid
 from trainer.batch import TrainBatch
 from trainer.learner import Learner
 from trainer.loop import credit
+from trainer.ranks import Ranks
 
 EOS = 0  # of tiny_models; it pads too, as in every model that ships without a pad token
 KL_COEF = 0.05
@@ -83,6 +84,7 @@ def learner(
     if wide:
         lm, ref_lm = lm.double(), ref_lm.double()
     it = Learner(cfg, Accelerator(cpu=True), lm, ref_lm)
+    assert it.policy.reader.packed and it._ref.packed, "the model is read in another way than these tests are about"
     if wide:
         it.policy.value_head.double()
     torch.manual_seed(3)
@@ -128,8 +130,9 @@ def trajectory(
 
 def random_trajectories(seed: int, n: int) -> list[Trajectory]:
     """Prompts of 1 to 7 and responses of 1 to 8 tokens; eos stands anywhere, in prompts too, and need not end a
-    response that stopped; a third is cut; tools wrote the middle, the start, the end, or all of some."""
-    rng = np.random.default_rng(seed)
+    response that stopped; a third is cut; tools wrote the middle, the start, the end, or all of some; half share their
+    prompt with an earlier one."""
+    rng, sharing = np.random.default_rng(seed), np.random.default_rng([seed, 1])
     out = []
     for ordinal in rng.permutation(n).tolist():
         p, t = int(rng.integers(1, 8)), int(rng.integers(1, 9))
@@ -146,7 +149,7 @@ def random_trajectories(seed: int, n: int) -> list[Trajectory]:
         out.append(
             trajectory(
                 ordinal,
-                ids[:p],
+                sharing.choice(out).request.prompt_ids if out and sharing.random() < 0.5 else ids[:p],
                 ids[p:],
                 cut=bool(rng.random() < 1 / 3),
                 actions=actions,
@@ -177,6 +180,8 @@ def optimizer_steps(it: Learner) -> Iterator[list[dict[str, Tensor]]]:
 
     def look(optimizer: torch.optim.Optimizer, *_: object) -> None:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        if id(parameters[0]) not in names:
+            return  # the hook is one for all optimizers, and this is another learner's
         steps.append(
             {names[id(p)]: torch.zeros_like(p) if p.grad is None else p.grad.detach().clone() for p in parameters}
         )
@@ -214,30 +219,61 @@ def streams(batch: TrainBatch) -> dict[str, Tensor]:
     return {name: x for name, x in out.items() if isinstance(x, Tensor)}
 
 
-def on_ranks(work: Callable[[int, Callable[[Tensor], Tensor]], object], size: int = 2) -> list[object]:
-    """`work(rank, all_reduce)` on `size` threads that meet in each all_reduce; what each returned, by rank."""
-    barrier, mailbox, results = threading.Barrier(size, timeout=20), [None] * size, [None] * size
+class Meeting:
+    """Where threads that play the ranks of a job exchange what they have. Between two exchanges one at a time runs:
+    Accelerate keeps for the process whether the next backward is the last of its optimizer step."""
+
+    def __init__(self, size: int) -> None:
+        self.size, self.turn = size, threading.Lock()
+        self._barrier, self._mailbox = threading.Barrier(size, timeout=20), [None] * size
+
+    def exchange(self, rank: int, item: object) -> list:
+        self._mailbox[rank] = item
+        self.turn.release()
+        try:
+            self._barrier.wait()
+            items = list(self._mailbox)
+            self._barrier.wait()  # nobody writes the next one before all have read this one
+        finally:
+            self.turn.acquire()
+        return items
+
+    def leave(self) -> None:
+        self._barrier.abort()
+
+
+class ThreadRanks(Ranks):
+    """One of the ranks of a job, in a thread."""
+
+    def __init__(self, index: int, meeting: Meeting) -> None:
+        super().__init__()
+        self.index, self.size, self._meeting = index, meeting.size, meeting
+
+    def gather(self, item: object) -> list:
+        return self._meeting.exchange(self.index, item)
+
+    def sum(self, values: Tensor) -> Tensor:
+        return torch.stack(self.gather(values)).sum(0)
+
+
+def on_ranks(work: Callable[[ThreadRanks], object], size: int = 2) -> list:
+    """`work` on `size` threads; what each returned, by rank."""
+    meeting, results = Meeting(size), [None] * size
 
     def run(rank: int) -> None:
-        def all_reduce(x: Tensor) -> Tensor:
-            mailbox[rank] = x
-            barrier.wait()
-            total = torch.stack(list(mailbox)).sum(0)
-            barrier.wait()  # nobody writes the next one before all have read this one
-            return total
-
-        try:
-            results[rank] = work(rank, all_reduce)
-        except BaseException as error:
-            barrier.abort()
-            results[rank] = error
+        with meeting.turn:
+            try:
+                results[rank] = work(ThreadRanks(rank, meeting))
+            except BaseException as error:
+                meeting.leave()
+                results[rank] = error
 
     threads = [threading.Thread(target=run, args=(rank,)) for rank in range(size)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    for result in results:
-        if isinstance(result, BaseException):
-            raise result
+    errors = [result for result in results if isinstance(result, BaseException)]
+    for error in sorted(errors, key=lambda e: isinstance(e, threading.BrokenBarrierError)):
+        raise error  # the cause before what it broke
     return results

@@ -34,6 +34,7 @@ LIBRARIES = (
     "transformers.models.llama.modeling_llama",
     "transformers.models.gpt2.modeling_gpt2",
     "accelerate",
+    "peft",
     "hypothesis",
     "numpy",
     "pydantic",
@@ -45,6 +46,11 @@ ALIGN, INVARIANCE, IDENTITY = ("tests/test_align.py",), ("tests/test_invariance.
 POISON, ENGINE = ("tests/test_poison.py",), ("tests/test_engine.py",)
 WEIGHTS, COMBINE, BATCH = ("tests/test_weights.py",), ("tests/test_combine.py",), ("tests/test_batch.py",)
 PPO, LOGPROBS = ("tests/test_ppo.py",), ("tests/test_logprobs.py",)
+PACKING, MODEL, HEAD = (
+    ("tests/test_packing.py",),
+    ("tests/test_model.py::test_padding_changes_nothing",),
+    ("tests/test_fused_head.py",),
+)
 LEARN = ("tests/test_learn.py::test_a_token_for_each_position_is_learnt",)
 
 
@@ -60,6 +66,8 @@ class Mutation:
 BATCH_PY, PPO_PY, LOOP_PY = "trainer/batch.py", "trainer/ppo.py", "trainer/loop.py"
 COMBINE_PY, WEIGHTS_PY, RECEIVER_PY = "core/combine.py", "core/weights.py", "rollout/weight_receiver.py"
 LOGPROBS_PY, ENGINE_PY = "core/logprobs.py", "rollout/engines/transformers_engine.py"
+LEARNER_PY, MODEL_PY, OBJECTIVE_PY = "trainer/learner.py", "trainer/model.py", "trainer/objective.py"
+PACKING_PY, HEAD_PY, EXPORT_PY = "trainer/packing.py", "trainer/fused_head.py", "trainer/engine_weights.py"
 
 MUTATIONS = [
     # ------------------------------------------------ from trajectories to a batch
@@ -115,8 +123,8 @@ MUTATIONS = [
     Mutation(
         "the last, smaller micro-batch is dropped",
         BATCH_PY,
-        "for start in range(0, len(index), size))",
-        "for start in range(0, max(1, len(index) - size + 1), size))",
+        "for piece in pieces]\n",
+        "for piece in pieces if len(piece) == size or len(pieces) == 1]\n",
         INVARIANCE,
     ),
     Mutation(
@@ -130,22 +138,22 @@ MUTATIONS = [
     Mutation(
         "GAE takes tokens of a tool for time steps",
         PPO_PY,
-        "advantage = torch.where(valid, delta + gamma * gae_lambda * advantage, advantage)",
-        "advantage = delta + gamma * gae_lambda * advantage",
+        "    place = left_places(mask)\n",
+        "    place = None\n",
         ALIGN,
     ),
     Mutation(
         "GAE reads the values of masked tokens",
         PPO_PY,
-        "next_value = torch.where(valid, values[:, t], next_value)",
-        "next_value = values[:, t]",
+        "torch.nn.functional.pad(v[:, 1:], (0, 1))",
+        "move_left(torch.nn.functional.pad(values.double()[:, 1:], (0, 1)), place)",
         ALIGN,
     ),
     Mutation(
         "gamma is forgotten at the next value",
         PPO_PY,
-        "delta = rewards[:, t] + gamma * next_value - values[:, t]",
-        "delta = rewards[:, t] + next_value - values[:, t]",
+        "delta = r + gamma * next_value - v",
+        "delta = r + next_value - v",
         ALIGN,
     ),
     Mutation(
@@ -158,7 +166,7 @@ MUTATIONS = [
     Mutation(
         "a cut response is never bootstrapped",
         LOOP_PY,
-        "bootstrap_values=batch.bootstrap_values,",
+        "bootstrap_values=batch.bootstrap_values * unit,",
         "bootstrap_values=None,",
         ALIGN,
     ),
@@ -172,8 +180,8 @@ MUTATIONS = [
     Mutation(
         "GAE never sees the KL",
         LOOP_PY,
-        "        rewards,\n        batch.values,",
-        "        batch.token_rewards,\n        batch.values,",
+        "        rewards,\n        batch.values * unit,",
+        "        batch.token_rewards,\n        batch.values * unit,",
         IDENTITY,
     ),
     Mutation(
@@ -193,11 +201,17 @@ MUTATIONS = [
     Mutation(
         "whitening on each rank by itself",
         LOOP_PY,
-        "ppo.whiten(advantages, batch.response_mask, all_reduce=all_reduce)",
-        "ppo.whiten(advantages, batch.response_mask)",
+        "ppo.whiten(advantages, mask, all_reduce=all_reduce)",
+        "ppo.whiten(advantages, mask)",
         INVARIANCE,
     ),
-    Mutation("advantages are not whitened", LOOP_PY, "if cfg.ppo.whiten_advantages:", "if False:", ALIGN),
+    Mutation(
+        "advantages are not whitened",
+        LOOP_PY,
+        "if p.whitens:",
+        "if False:",
+        ALIGN,
+    ),
     Mutation(
         "returns are made from whitened advantages",
         LOOP_PY,
@@ -376,64 +390,63 @@ MUTATIONS = [
 ]
 
 # Of the files that know how a forward pass is laid out.
-LEARNER_PY, MODEL_PY = "trainer/learner.py", "trainer/model.py"
 
 OF_THE_LEARNER = [
     Mutation(
         "a mean of the means of micro-batches, policy",
-        PPO_PY,
-        "(count if normalizer is None else normalizer), stats",
-        "count, stats",
+        OBJECTIVE_PY,
+        "return loss.sum() / normalizer, numbers",
+        "return loss.sum() / mask.sum().clamp(min=1), numbers",
         INVARIANCE,
     ),
     Mutation(
         "a mean of the means of micro-batches, value",
-        PPO_PY,
-        "(mask.sum().clamp(min=1) if normalizer is None else normalizer), stats",
-        "mask.sum().clamp(min=1), stats",
+        LEARNER_PY,
+        "            normalizer=n_valid,\n",
+        "",
         INVARIANCE,
     ),
     Mutation(
         "no temperature in the log-probs of the policy",
         LEARNER_PY,
-        "micro, self.cfg.rollout.temperature, with_entropy=True)",
-        "micro, 1.0, with_entropy=True)",
+        "of_entropy, _ = self._engine(inputs, self.cfg.rollout.temperature)",
+        "of_entropy, _ = self._engine(inputs, 1.0)",
         IDENTITY,
     ),
     Mutation(
         "no temperature in the log-probs of an update",
         LEARNER_PY,
-        "micro, self.cfg.rollout.temperature, with_entropy=cfg.entropy_coef > 0)",
-        "micro, 1.0, with_entropy=cfg.entropy_coef > 0)",
+        "            self.cfg.rollout.temperature,\n            token_loss,\n",
+        "            1.0,\n            token_loss,\n",
         IDENTITY,
     ),
     Mutation(
         "no temperature in the log-probs of the reference",
         LEARNER_PY,
-        "micro.input_ids[:, -t:], self.cfg.rollout.temperature)",
-        "micro.input_ids[:, -t:], 1.0)",
+        "self._for_reference(micro, inputs), self.cfg.rollout.temperature)",
+        "self._for_reference(micro, inputs), 1.0)",
         IDENTITY,
     ),
     Mutation(
         "the temperature divides values",
         MODEL_PY,
-        ".squeeze(-1)  # no temperature here",
-        ".squeeze(-1) / temperature",
+        "return first, self._values(inputs, states, after, value_only), entropy",
+        "return first, self._values(inputs, states, after, value_only) / temperature, entropy",
         IDENTITY,
     ),
     Mutation(
         "the value is that of the state after the token",
         LEARNER_PY,
-        "values[at, :t], entropy[at, :t] = out.values[:, :-1]",
-        "values[at, :t], entropy[at, :t] = out.values[:, 1:]",
+        "= of_states[:m].to(",
+        "= of_states[1 : m + 1].to(",
         ALIGN,
     ),
     Mutation(
         "the bootstrap is read behind the padding",
-        LEARNER_PY,
-        "out.values.gather(1, micro.response_lengths[:, None]).squeeze(1)",
-        "out.values[:, -1]",
-        ALIGN,
+        MODEL_PY,
+        "after = hidden[torch.arange(len(hidden), device=hidden.device), inputs.response_lengths]",
+        "after = hidden[:, -1]",
+        MODEL,
     ),
     Mutation(
         "a response that stopped is bootstrapped too",
@@ -445,49 +458,49 @@ OF_THE_LEARNER = [
     Mutation(
         "logits score the token before them",
         MODEL_PY,
-        "return logits[:, :-1], hidden",
-        "return logits[:, 1:], hidden",
-        ALIGN,
+        "logits[:, :-1][inputs.mask]",
+        "logits[:, 1:][inputs.mask]",
+        PACKING,
     ),
     Mutation(
         "the learner counts positions from the padding on",
         MODEL_PY,
         "(mask.long().cumsum(-1) - 1).clamp(min=0)",
         "(torch.ones_like(mask).long().cumsum(-1) - 1).clamp(min=0)",
-        ALIGN,
+        PACKING,
     ),
     Mutation(
         "the learner attends to padding",
         MODEL_PY,
-        "attention_mask=mask.long()",
-        "attention_mask=torch.ones_like(mask).long()",
-        ALIGN,
+        '"attention_mask": mask.long()',
+        '"attention_mask": torch.ones_like(mask).long()',
+        PACKING,
     ),
     Mutation("dropout is on in training", LEARNER_PY, "self._engine.eval()", "self._engine.train()", IDENTITY),
     Mutation(
         "dropout is on in the reference",
-        LEARNER_PY,
-        "ref_lm.to(self.device).eval().requires_grad_(False)",
-        "ref_lm.to(self.device).train().requires_grad_(False)",
+        MODEL_PY,
+        "            self._reader = CausalForward(lm, getattr(torch, config.dtype))\n",
+        "            self._reader = CausalForward(lm, getattr(torch, config.dtype))\n            lm.train()\n",
         IDENTITY,
     ),
     Mutation(
         "the policy is its own reference",
         LEARNER_PY,
-        "ref_lm.to(self.device).eval().requires_grad_(False)",
-        "lm",
+        'ref_lm if cfg.reference != "adapter" else None)',
+        "None)",
         IDENTITY,
     ),
     Mutation(
         "old log-probs are the new ones",
-        LEARNER_PY,
-        "            micro.old_logprobs,\n",
-        "            out.logprobs.detach(),\n",
+        OBJECTIVE_PY,
+        "        given.old_logprobs,\n        given.advantages,\n",
+        "        logprobs.detach(),\n        given.advantages,\n",
         IDENTITY,
     ),
     Mutation(
         "the entropy is fined",
-        LEARNER_PY,
+        OBJECTIVE_PY,
         "loss = loss - cfg.entropy_coef",
         "loss = loss + cfg.entropy_coef",
         IDENTITY,
@@ -495,8 +508,8 @@ OF_THE_LEARNER = [
     Mutation(
         "the weight of the value loss is ignored",
         LEARNER_PY,
-        "loss = pg_loss + cfg.vf_coef * vf_loss",
-        "loss = pg_loss + vf_loss",
+        "(cfg.vf_coef if cfg.has_critic else 0.0) * vf_loss",
+        "vf_loss",
         IDENTITY,
     ),
     Mutation(
@@ -505,6 +518,235 @@ OF_THE_LEARNER = [
         "        self._optimizer.zero_grad()\n",
         "",
         INVARIANCE,
+    ),
+    # ------------------------------------------------ one sequence without padding
+    Mutation(
+        "positions of a response begin at 0 again",
+        PACKING_PY,
+        "positions.append(np.arange(n_prompt, n_prompt + t))",
+        "positions.append(np.arange(t))",
+        PACKING,
+    ),
+    Mutation(
+        "a response sees the first one of its prompt",
+        PACKING_PY,
+        "keys = np.where(in_prompt, prompts[:, None] + at, starts[:, None] + at - n_prompt[:, None])",
+        "keys = prompts[:, None] + at",
+        PACKING,
+    ),
+    Mutation(
+        "a response sees the first one of its prompt, on a GPU",
+        PACKING_PY,
+        "np.r_[p : p + n, s : s + t]",
+        "np.r_[p : p + n + t]",
+        PACKING,
+    ),
+    Mutation(
+        "a token sees the tokens after it",
+        PACKING_PY,
+        "mask = at[None, None, :] <= (n_prompt[:, None] + column)[:, :, None]",
+        "mask = at[None, None, :] <= (n_prompt + lengths)[:, None, None] + 0 * column[None, :, None]",
+        PACKING,
+    ),
+    Mutation(
+        "a token is scored by the state that has seen it",
+        PACKING_PY,
+        "np.where(columns > 0, at - 1, lasts[rows])",
+        "np.where(columns > 0, at, lasts[rows])",
+        PACKING,
+    ),
+    Mutation(
+        "the first token of the second sample follows the first sample",
+        PACKING_PY,
+        "np.where(columns > 0, at - 1, lasts[rows])",
+        "at - 1",
+        PACKING,
+    ),
+    Mutation(
+        "the bootstrap value is that of the last token, not of the state behind it",
+        PACKING_PY,
+        "starts + n_responses - 1, lasts)",
+        "starts + n_responses - 2, lasts)",
+        PACKING,
+    ),
+    Mutation(
+        "prompts that are alike with their padding are one",
+        PACKING_PY,
+        "ids[row, p - n_prompt : p].tobytes()",
+        "ids[row, :p].tobytes()",
+        PACKING,
+    ),
+    Mutation(
+        "the padded path takes the state after each token",
+        MODEL_PY,
+        "return hidden[:, :-1][inputs.mask], after",
+        "return hidden[:, 1:][inputs.mask], after",
+        PACKING,
+    ),
+    Mutation(
+        "values of a policy with its own logits are those of the first token",
+        MODEL_PY,
+        "self._own_hidden = args[0]",
+        "self._own_hidden = args[0].flip(1)",
+        PACKING,
+    ),
+    # ------------------------------------------------ the head
+    Mutation(
+        "the sign of the entropy in d logits",
+        HEAD_PY,
+        "mul_(-h[:, None])",
+        "mul_(h[:, None])",
+        HEAD,
+    ),
+    Mutation(
+        "the entropy is missing in its own derivative",
+        HEAD_PY,
+        "logp.add_(e[:, None]).mul_(",
+        "logp.mul_(",
+        HEAD,
+    ),
+    Mutation(
+        "no temperature in d logits",
+        HEAD_PY,
+        "return d.div_(temperature) if temperature != 1.0 else d",
+        "return d",
+        HEAD,
+    ),
+    Mutation(
+        "no temperature in the head",
+        HEAD_PY,
+        "logits / temperature if temperature != 1.0 else logits",
+        "logits",
+        HEAD,
+    ),
+    Mutation(
+        "the last, smaller chunk of a loss is dropped",
+        HEAD_PY,
+        "range(0, max(1, len(states)), size)",
+        "range(0, max(1, len(states) - size + 1), size)",
+        HEAD,
+    ),
+    Mutation(
+        "the last, smaller chunk of scores is dropped",
+        HEAD_PY,
+        "range(0, len(states), size)",
+        "range(0, len(states) - size + 1, size)",
+        HEAD,
+    ),
+    Mutation(
+        "the gradient of the head is that of its last chunk",
+        HEAD_PY,
+        "d_weight.addmm_(d_logits.T, states[at])",
+        "torch.mm(d_logits.T, states[at], out=d_weight)",
+        HEAD,
+    ),
+    Mutation(
+        "the gradient of the head is that of its last chunk, under autocast",
+        HEAD_PY,
+        "d_weight.add_(d_logits.T @ states[at])",
+        "d_weight.copy_(d_logits.T @ states[at])",
+        HEAD,
+    ),
+    Mutation(
+        "the gradient of the bias is that of its last chunk",
+        HEAD_PY,
+        "d_bias.add_(d_logits.sum(0))",
+        "d_bias.copy_(d_logits.sum(0))",
+        HEAD,
+    ),
+    Mutation(
+        "what comes from above is left out of the gradient",
+        HEAD_PY,
+        "x.mul_(upstream.to(x.dtype))",
+        "x",
+        HEAD,
+    ),
+    Mutation(
+        "all chunks read the fields of the first",
+        LEARNER_PY,
+        "policy_objective(logprobs, entropy, known[at], cfg, n_valid)",
+        "policy_objective(logprobs, entropy, known[: len(logprobs)], cfg, n_valid)",
+        INVARIANCE,
+    ),
+    # ------------------------------------------------ ranks, warm-up
+    Mutation(
+        "the row of an idle rank counts",
+        BATCH_PY,
+        "return replace(row, input_ids=ids, prompt_lengths=torch.ones_like(row.prompt_lengths))",
+        "one = torch.ones_like(row.prompt_lengths)\n        return replace("
+        "row, input_ids=ids, prompt_lengths=one, response_lengths=one, response_mask=row.response_mask | True)",
+        INVARIANCE,
+    ),
+    Mutation(
+        "the denominator is that of one rank",
+        LEARNER_PY,
+        "max(1.0, float(sum(n for _, n in of_ranks)))",
+        "max(1.0, float(mine and batch.response_mask[np.concatenate(mine)].sum()))",
+        INVARIANCE,
+    ),
+    Mutation(
+        "gradients that are averaged over ranks are not multiplied by them",
+        LEARNER_PY,
+        "                self._accelerator.backward(loss * self.ranks.size)\n        norm",
+        "                self._accelerator.backward(loss)\n        norm",
+        INVARIANCE,
+    ),
+    Mutation(
+        "in warm-up the value loss moves the trunk",
+        MODEL_PY,
+        'self.value == "shared_detached" or value_only:',
+        'self.value == "shared_detached":',
+        IDENTITY,
+    ),
+    Mutation(
+        "in warm-up the policy loss moves the trunk",
+        LEARNER_PY,
+        "return loss * 0.0 if warming else loss, sums",
+        "return loss, sums",
+        IDENTITY,
+    ),
+    Mutation(
+        "a detached value head moves the trunk",
+        MODEL_PY,
+        'elif self.value == "shared_detached" or value_only:',
+        "elif value_only:",
+        IDENTITY,
+    ),
+    # ------------------------------------------------ adapters
+    Mutation(
+        "the reference is computed with the adapter",
+        MODEL_PY,
+        "with adapters.active(self._policy.lm, None):",
+        'with adapters.active(self._policy.lm, "policy"):',
+        IDENTITY,
+    ),
+    Mutation(
+        "an adapter is not merged into the weights that are sent",
+        EXPORT_PY,
+        "merged = whole if layer is None else whole + adapters.delta(layer)",
+        "merged = whole",
+        WEIGHTS,
+    ),
+    Mutation(
+        "alpha is left out of an adapter that is sent",
+        EXPORT_PY,
+        'b = b.detach().float() * layer.scaling["policy"]',
+        "b = b.detach().float()",
+        WEIGHTS,
+    ),
+    Mutation(
+        "an adapter of transposed weights is sent as if they were not",
+        EXPORT_PY,
+        "(a.T, b.T) if layer.fan_in_fan_out else (b, a)",
+        "(b, a)",
+        WEIGHTS,
+    ),
+    Mutation(
+        "an adapter is added to what the last one left",
+        RECEIVER_PY,
+        "self.version, self._manifest, self._staged = manifest.version, None, {}",
+        "self.version, self._manifest, self._staged, self._loaded = manifest.version, None, {}, {}",
+        WEIGHTS,
     ),
 ]
 

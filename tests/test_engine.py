@@ -1,6 +1,7 @@
 """The embedded engine: its log-probs are those of a plain forward, its samples those of the softmax, its ids a function
 of (weights, prompt, seed, ordinal, k) alone."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -54,8 +55,11 @@ def test_another_seed_or_sample_number_gives_another_response():
     assert [g.response_ids.tolist() for g in first] == [
         g.response_ids.tolist() for g in served.generate(tiny_models.make_requests(6))
     ]
-    other = served.generate(tiny_models.make_requests(6, seed=2))
-    assert [g.response_ids.tolist() for g in first] != [g.response_ids.tolist() for g in other]
+    asked = tiny_models.make_requests(6)
+    others = [tiny_models.make_requests(6, seed=2), [dataclasses.replace(request, k=1) for request in asked]]
+    for other in others:
+        for a, b in zip(first, served.generate(other), strict=True):
+            assert a.response_ids.tolist() != b.response_ids.tolist()
 
 
 def test_uniforms_are_counter_based():

@@ -98,3 +98,26 @@ def test_a_frozen_layer_gets_no_gradient_and_costs_none():
 def test_a_chunk_of_logits_has_one_size_whatever_the_vocabulary(vocabulary):
     tokens = fused_head.chunk_size(vocabulary, torch.device("cpu"))
     assert tokens * vocabulary * 4 <= 17 << 20 and tokens >= 16
+
+
+@pytest.mark.parametrize("chunk", [5, 36, 37])
+def test_scores_are_those_of_whole_logits_whatever_the_chunk(monkeypatch, chunk):
+    monkeypatch.setattr(fused_head, "chunk_size", lambda n_vocab, device: chunk)
+    layer, states, token = layer_and_states()
+    logp = (layer(states) / 0.7).log_softmax(-1).detach()
+    logprobs, entropy = score(layer, states, token, 0.7)
+    torch.testing.assert_close(logprobs, logp[torch.arange(M), token], atol=1e-12, rtol=0)
+    torch.testing.assert_close(entropy, -(logp.exp() * logp).sum(-1), atol=1e-12, rtol=0)
+
+
+def test_states_in_bfloat16_and_weights_in_float32_as_under_autocast(monkeypatch):
+    """Gradients are those of float32 to the eight bits of the states, over all chunks."""
+    monkeypatch.setattr(fused_head, "chunk_size", lambda n_vocab, device: 5)
+    layer, states, token = layer_and_states(torch.float32)
+    rough = states.detach().bfloat16().requires_grad_()
+    loss = token_loss(torch.full((M,), -3.0), torch.linspace(-1, 1, M), 0.3)
+    wanted = torch.autograd.grad(whole(layer, states, token, 0.7, loss, True)[0], [states, *layer.parameters()])
+    got, _ = loss_of_tokens(layer, rough, token, 0.7, loss, with_entropy=True)
+    assert got.dtype == torch.float32
+    for a, b in zip(torch.autograd.grad(got, [rough, *layer.parameters()]), wanted, strict=True):
+        assert float((a.float() - b).abs().max()) < 0.05 * float(b.abs().max())

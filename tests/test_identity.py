@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 
 import conformance
 import tiny_models
@@ -104,6 +105,51 @@ def test_the_reference_is_no_part_of_the_policy_and_never_moves():
     again = annotated(it)
     assert same_bits(first.ref_logprobs, again.ref_logprobs)
     assert float((again.old_logprobs - again.ref_logprobs).abs().max()) > 0.1
+
+
+ADAPTED = {"model.lora_rank": 2, "model.lora_alpha": 8}
+
+
+def test_the_reference_of_a_policy_with_an_adapter_is_the_policy_without_it():
+    """One trunk serves both: what the reference says keeps its bits while the policy moves, and is that of the LM that
+    the adapter was put into."""
+    cfg = configured(**ADAPTED, **{"optim.lr": 1e-2, "ppo.ppo_epochs": 3})
+    it = Learner(cfg, Accelerator(cpu=True), tiny_models.make_model("llama-tied"), None)
+    first, plain = annotated(it), annotated(conformance.learner(configured()))
+    for seed in range(3):
+        it.update(credited(it, random_trajectories(seed, N)))
+    again = annotated(it)
+    assert same_bits(first.ref_logprobs, again.ref_logprobs)
+    torch.testing.assert_close(first.ref_logprobs, plain.old_logprobs, atol=2e-6, rtol=0)
+    assert float((again.old_logprobs - again.ref_logprobs).abs().max()) > 0.1
+
+
+@pytest.mark.parametrize("value", ["shared", "shared_detached", "separate", "lora"])
+def test_in_warm_up_the_value_function_alone_learns(value):
+    """As it would without warm-up, but for what reaches a trunk that it shares: that stays as it is."""
+    options = {"model.value": value, "ppo.entropy_coef": 0.1, "ppo.kl_loss_coef": 0.1}
+    options |= ADAPTED if value == "lora" else {}
+    warming, learning = (conformance.learner(configured(**options, **{"ppo.value_warmup_steps": n})) for n in (1, 0))
+    batch = credited(warming, random_trajectories(11, N))
+    only_value, both = gradient(warming, batch), gradient(learning, batch)
+    own = {name for name in both if name.startswith(("value_head.", "critic.")) or ".critic." in name}
+    rest = both.keys() - own
+    assert rest and len(own) > (1 if value.startswith("shared") else 5)
+    for name in own:
+        torch.testing.assert_close(only_value[name], both[name], atol=1e-6, rtol=1e-4)
+    assert any(only_value[name].any() for name in own) and any(both[name].any() for name in rest)
+    assert not any(only_value[name].any() for name in rest)
+    second = gradient(warming, batch)
+    assert any(second[name].any() for name in rest)
+
+
+@pytest.mark.parametrize(("value", "reaches"), [("shared", True), ("shared_detached", False), ("separate", False)])
+def test_the_gradient_of_the_value_loss_reaches_the_trunk_of_the_policy_where_it_is_meant_to(value, reaches):
+    it = conformance.learner(configured(**{"model.value": value, "ppo.vf_coef": 1.0}))
+    batch = credited(it, random_trajectories(12, N))
+    g = gradient(it, replace(batch, advantages=torch.zeros_like(batch.advantages)))
+    assert any(x.any() for name, x in g.items() if name.startswith("lm.")) == reaches
+    assert g["value_head.weight"].any()
 
 
 def test_an_update_writes_into_no_stream_of_its_batch():

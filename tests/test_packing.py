@@ -28,6 +28,27 @@ def test_the_layout_by_hand():
     assert len(packed) == 9
 
 
+def test_the_layout_for_a_kernel_that_takes_lengths_by_hand():
+    """The same rows: keys of each segment are its prompt, then itself, never the response beside it."""
+    ids = torch.tensor([[5, 6, 7, 8, 9], [5, 6, 7, 4, 0], [0, 0, 1, 2, 3]])
+    mask = torch.tensor([[True, True], [True, False], [False, True]])
+    at = pack(ids, torch.tensor([3, 3, 1]), torch.tensor([2, 1, 2]), mask).segments.varlen
+    assert at.keys.tolist() == [0, 1, 2] + [0, 1, 2, 3, 4] + [0, 1, 2, 5] + [6, 7, 8]
+    assert at.q_starts.tolist() == [0, 3, 5, 6, 9] and at.k_starts.tolist() == [0, 3, 8, 12, 15]
+    assert (at.longest_q, at.longest_k) == (3, 5)
+    assert pack(ids[2:], torch.tensor([1]), torch.tensor([2]), mask[2:]).segments.varlen.keys is None
+
+
+def test_prompts_that_differ_by_the_padding_id_alone_are_two():
+    """Padded to one width, "9" and "0 9" look alike where 0 pads; so do the responses "3" and "3 0"."""
+    ids = torch.tensor([[0, 9, 3, 0], [0, 9, 3, 0]])
+    mask = torch.tensor([[True, False], [True, True]])
+    packed = pack(ids, torch.tensor([1, 2]), torch.tensor([1, 2]), mask)
+    assert packed.ids.tolist() == [[9, 3, 0, 9, 3, 0]]
+    assert packed.positions.tolist() == [[0, 1, 0, 1, 2, 3]]
+    assert packed.state_at.tolist() == [0, 3, 4] and packed.after_at.tolist() == [1, 5]
+
+
 def test_an_empty_response_has_the_state_of_its_prompt_behind_it():
     packed = pack(torch.tensor([[3, 4, 0]]), torch.tensor([2]), torch.tensor([0]), torch.zeros(1, 1).bool())
     assert packed.ids.tolist() == [[3, 4]] and packed.after_at.tolist() == [1] and len(packed.token) == 0
@@ -130,7 +151,12 @@ def test_every_shape_of_model_reads_a_packed_batch_as_it_reads_rows_alone(name):
 @pytest.mark.parametrize("name", ["llama-tied", "gpt2", "qwen3-untied"])
 def test_the_three_ways_of_reading_agree(name):
     _, batch = shared_prompts(name)
-    readings = [read(policy_of(tiny_models.make_model(name), way), batch, 1.0) for way in WAYS]
+    policies = [policy_of(tiny_models.make_model(name), way) for way in WAYS]
+    for policy in policies:
+        torch.manual_seed(1)
+        torch.nn.init.normal_(policy.value_head.weight)
+    readings = [read(policy, batch, 1.0) for policy in policies]
     for other in readings[1:]:
+        torch.testing.assert_close(other.values, readings[0].values, atol=1e-4, rtol=0)
         torch.testing.assert_close(other.logprobs, readings[0].logprobs, atol=1e-5, rtol=0)
         torch.testing.assert_close(other.entropy, readings[0].entropy, atol=1e-4, rtol=0)

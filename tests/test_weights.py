@@ -8,9 +8,12 @@ import torch
 
 import tiny_models
 from core.faults import InvariantFault
-from core.weights import Probe, WeightAck, make_manifest, named_tensors, pack
+from core.weights import LORA_A, LORA_B, Probe, WeightAck, make_manifest, named_tensors, pack
+from policy_reading import policy_of, read
 from rollout.engines.transformers_engine import TransformersEngine
 from rollout.weight_receiver import WeightReceiver
+from trainer import adapters, engine_weights
+from trainer.batch import TrainBatch
 from trainer.ranks import Ranks
 from trainer.weight_sender import WeightPublisher
 
@@ -202,3 +205,44 @@ def test_publish_stops_when_a_worker_does_not_use_what_was_sent(spoil, words):
     with pytest.raises(InvariantFault, match=words):
         p.publish(1)
     assert p.version == -1
+
+
+# ---------------------------------------------------------------- adapters
+
+
+def test_an_adapter_is_added_to_what_was_loaded_not_to_what_the_last_one_left():
+    """W = [[1, 2], [3, 4]]; B A = [[3, 6], [0, 0]], then [[0, 0], [0, 5]]."""
+    live = {"w": torch.tensor([[1.0, 2.0], [3.0, 4.0]]), "other": torch.tensor([7.0])}
+    receiver = WeightReceiver(live)
+    for version, (b, a, want) in enumerate(
+        [
+            ([[3.0], [0.0]], [[1.0, 2.0]], [[4.0, 8.0], [3.0, 4.0]]),
+            ([[0.0], [5.0]], [[0.0, 1.0]], [[1.0, 2.0], [3.0, 9.0]]),
+        ]
+    ):
+        send(receiver, {"w" + LORA_B: torch.tensor(b), "w" + LORA_A: torch.tensor(a)}, version)
+        assert live["w"].tolist() == want and live["other"].tolist() == [7.0]
+
+
+@pytest.mark.parametrize("name", ["llama-tied", "gpt2"])  # GPT-2 keeps its weights transposed
+def test_a_worker_that_got_an_adapter_and_one_that_got_whole_weights_compute_as_the_policy(name):
+    """alpha is 4 times the rank, and counts in both."""
+    lm, base = tiny_models.make_model(name), tiny_models.make_model(name)
+    policy = policy_of(lm, lora_rank=2, lora_alpha=8)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in adapters.parameters(lm, "policy"):
+            parameter.normal_(std=0.3)
+    engine = TransformersEngine(base, (0,), temperature=1.0, max_new_tokens=9)
+    batch = TrainBatch.collate(tiny_models.roll_out(engine, 4))
+    want = read(policy, batch, 1.0).logprobs
+    by_adapter, whole = tiny_models.make_model(name), tiny_models.make_model(name, seed=2)
+    receiver = WeightReceiver(named_tensors(by_adapter))
+    for version in (1, 2):
+        send(receiver, engine_weights.export_adapter(lm), version)
+    exported = engine_weights.export(lm, torch.float32)
+    assert exported.keys() == named_tensors(whole).keys()
+    send(WeightReceiver(named_tensors(whole)), exported, 1)
+    assert float((want - read(policy_of(base), batch, 1.0).logprobs).abs().max()) > 0.1
+    for worker in (by_adapter, whole):
+        torch.testing.assert_close(read(policy_of(worker), batch, 1.0).logprobs, want, atol=1e-4, rtol=0)
