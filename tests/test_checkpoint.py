@@ -206,7 +206,7 @@ def test_weights_whose_replacement_was_cut_in_two_are_put_back(tmp_path, monkeyp
     policy = policy_of(tiny_models.make_model("gpt2"))
     checkpoint.save_pretrained(policy, whole_policy(policy), tiny_models.make_tokenizer(), tmp_path / "best", step=1)
     before = {p.name: p.read_bytes() for p in (tmp_path / "best").iterdir()}
-    replace, calls, before_it = checkpoint.os.replace, [], whole_policy(policy)
+    replace, calls = checkpoint.os.replace, []
 
     def dies_before_the_second(a, b):
         calls.append(a)

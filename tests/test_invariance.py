@@ -210,7 +210,7 @@ def test_as_many_optimizer_steps_as_mini_batches_times_epochs(name, n_mini, epoc
     for epoch in range(epochs):
         total: dict[str, torch.Tensor] = {}
         minis = batch.mini_batches(n_mini, seed=it.cfg.run.seed, step=1, epoch=epoch, orders=orders)
-        for (rows, _), g in zip(minis, steps[epoch * n_mini :], strict=False):
+        for rows, g in zip(minis, steps[epoch * n_mini :], strict=False):
             share = int(batch.response_mask[torch.from_numpy(rows)].sum()) / int(batch.response_mask.sum())
             for parameter, x in g.items():
                 total[parameter] = total.get(parameter, 0) + share * x
