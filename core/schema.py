@@ -452,7 +452,8 @@ class Config(Section):
             alone = "compares the samples of a prompt and there is one: set rollout.n_samples_per_prompt to 2 or more"
             refuse("ppo.estimator", self.ppo.estimator, f"{alone}, or use gae or reinforce_pp")
         if not self.ppo.has_critic:
-            for leaf in ("lambda_alpha", "value_gamma", "value_lambda", "scale_values", "bootstrap_cut"):
+            of_critic = ("lambda_alpha", "value_gamma", "value_lambda", "scale_values", "bootstrap_cut")
+            for leaf in (*of_critic, "value_warmup_steps"):
                 value = getattr(self.ppo, leaf)
                 if value != PPOConfig.model_fields[leaf].default:
                     remedy = f"wants a critic, and ppo.estimator {self.ppo.estimator} has none: leave it out or use gae"

@@ -41,9 +41,9 @@ def model_config(path: str) -> Any:
     return _from_pretrained(AutoConfig, path, "model configuration")
 
 
-def _from_pretrained(kind: Any, path: str, what: str, key: str = "model.path") -> Any:
+def _from_pretrained(kind: Any, path: str, what: str, key: str = "model.path", **settings: Any) -> Any:
     try:
-        return kind.from_pretrained(path)
+        return kind.from_pretrained(path, **settings)
     except Exception as error:  # a damaged file raises whatever its parser has, and `tokenizers` a bare Exception
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
@@ -167,12 +167,19 @@ def critic(cfg: Config, device: Any) -> tuple[Any, Any] | None:
     architecture = (config.architectures or [""])[0]
     if "ForSequenceClassification" not in architecture:
         return load_lm(path, torch.float32).base_model.to(device).eval(), None
-    model = _from_pretrained(AutoModelForSequenceClassification, path, "reward model", "model.value_path")
+    model, found = _from_pretrained(
+        AutoModelForSequenceClassification, path, "reward model", "model.value_path", output_loading_info=True
+    )
     score = getattr(model, "score", None)
     if score is None or score.weight.shape[0] != 1:
         raise UserError(
             f"model.value_path = {path}: a reward model has one label and a linear layer `score`, this {architecture}"
             " has not; give such a one, or a causal language model"
+        )
+    if missing := sorted(found["missing_keys"]):
+        raise UserError(
+            f"model.value_path = {path}: the weights have no {missing[0]}, which would be random; give the whole reward"
+            " model"
         )
     return model.base_model.float().to(device).eval(), score.weight.detach().float().to(device)
 

@@ -70,8 +70,9 @@ class WeightReceiver:
         return received
 
     def _of_adapter(self, offered: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-        """The names and shapes that an adapter of the offered rank has, beside layers that are here."""
-        expected = {}
+        """Names and shapes of an adapter of the offered rank, beside layers that are here. Where there was one
+        there is one now: the layer would keep the old."""
+        expected = {layer + end: () for layer in self._loaded for end in (LORA_B, LORA_A)}
         for name, shape in offered.items():
             layer = name.removesuffix(LORA_A).removesuffix(LORA_B)
             if layer in self._live and len(shape) == self._live[layer].ndim == 2:

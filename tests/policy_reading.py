@@ -25,10 +25,10 @@ WAYS = ("packed", "padded", "own logits")
 
 def policy_of(lm: torch.nn.Module, way: str = "packed", **settings: object) -> PolicyWithValueHead:
     """A policy that reads its LM in one of the three ways, whatever the LM would allow."""
-    denied = {"packed": [], "padded": ["_reads_segments"], "own logits": ["_head_is_one_product"]}[way]
+    denied = {"packed": [], "padded": ["reads_segments"], "own logits": ["_head_is_one_product"]}[way]
     with ExitStack() as stack:
         for name in denied:
-            stack.enter_context(mock.patch.object(CausalForward, name, lambda self: False))
+            stack.enter_context(mock.patch.object(CausalForward, name, lambda *_: False))
         policy = PolicyWithValueHead(lm, ModelConfig(path="m", dtype="float32", **settings)).eval()
     assert (policy.reader.packed, policy.reader.fused) == (way == "packed", way != "own logits")
     return policy

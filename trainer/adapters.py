@@ -8,7 +8,7 @@ once at the start and trip over later; here only the names that a layer adds up 
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -75,13 +75,21 @@ def active(lm: nn.Module, name: str | None) -> Iterator[None]:
     """A block in which the layers of `lm` add the adapter `name`, or none."""
     adapted = getattr(lm, "_tokenppo_adapted", ())
     before = [(layer._active_adapter, layer._disable_adapters) for layer in adapted]
+    before_name, lm._tokenppo_active = getattr(lm, "_tokenppo_active", None), name
     for layer in adapted:
         layer._active_adapter, layer._disable_adapters = ([name] if name else []), name is None
     try:
         yield
     finally:
+        lm._tokenppo_active = before_name
         for layer, (names, disabled) in zip(adapted, before, strict=True):
             layer._active_adapter, layer._disable_adapters = names, disabled
+
+
+def as_now(lm: nn.Module) -> tuple[AbstractContextManager, AbstractContextManager]:
+    """Blocks for a computation and for its repetition in the backward pass, where the adapter of now is no longer
+    active: as `context_fn` of torch.utils.checkpoint."""
+    return nullcontext(), active(lm, getattr(lm, "_tokenppo_active", None))
 
 
 def parameters(lm: nn.Module, name: str) -> list[nn.Parameter]:

@@ -113,11 +113,12 @@ class Learner:
         optim = self.cfg.optim
         trained = [p for p in self.policy.parameters() if p.requires_grad]
         groups = [{"params": trained, "peak_lr": optim.lr}]
-        if optim.value_lr is not None:
+        if optim.value_lr is not None or self.cfg.ppo.value_warmup_steps:
             of_value = {id(p) for p in self.policy.value_parameters()}
             rest = [p for p in trained if id(p) not in of_value]
             alone = [p for p in trained if id(p) in of_value]
-            groups = [{"params": rest, "peak_lr": optim.lr}, {"params": alone, "peak_lr": optim.value_lr}]
+            value_lr = optim.lr if optim.value_lr is None else optim.value_lr
+            groups = [{"params": rest, "peak_lr": optim.lr}, {"params": alone, "peak_lr": value_lr}]
         return torch.optim.AdamW(
             groups,
             lr=optim.lr,
@@ -125,6 +126,11 @@ class Learner:
             weight_decay=optim.weight_decay,
             fused=self.device.type in ("cpu", "cuda"),
         )
+
+    @property
+    def _warming(self) -> bool:
+        """Whether the value function alone is trained in this step."""
+        return self.step < self.cfg.ppo.value_warmup_steps
 
     def _lr_factor(self, optimizer_step: int) -> float:
         total, optim = self.cfg.optimizer_steps, self.cfg.optim
@@ -274,8 +280,9 @@ class Learner:
         """One optimizer step on this rank's rows: the gradient norm before clipping, and what is logged, as sums."""
         factor = self._lr_factor(self._optimizer_steps)
         self._last_lr = self.cfg.optim.lr * factor
-        for group in self._optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * factor
+        for i, group in enumerate(self._optimizer.param_groups):
+            # Gradients of zero are not enough: weight decay would shrink what shall stay.
+            group["lr"] = 0.0 if i == 0 and self._warming else group["peak_lr"] * factor
         parts = [{"tokens": torch.zeros((), dtype=torch.float64, device=self.device)}]
         if self._texts:
             parts.append(self._backward_texts())
@@ -342,7 +349,7 @@ class Learner:
     def _micro_loss(self, micro: TrainBatch, n_valid: float) -> tuple[Tensor, dict[str, Tensor]]:
         """The share of one micro-batch in the loss of its optimizer step, and what is logged of it, as sums."""
         cfg, mask = self.cfg.ppo, micro.response_mask
-        warming = self.step < cfg.value_warmup_steps
+        warming = self._warming
 
         def flat(x: Tensor) -> Tensor:
             return x[mask].to(self.device)
@@ -388,7 +395,8 @@ class Learner:
 
         def token_loss(logprobs: Tensor, entropy: Tensor | None, at: slice) -> tuple[Tensor, dict[str, Tensor]]:
             total = -logprobs.sum()
-            return self.cfg.ppo.ptx_coef * total / n_tokens, {"loss/ptx": total.detach().double()}
+            coef = 0.0 if self._warming else self.cfg.ppo.ptx_coef
+            return coef * total / n_tokens, {"loss/ptx": total.detach().double()}
 
         inputs = inputs_of_texts([self._texts[i] for i in rows], self.device, packed=self.policy.reader.packed)
         loss, values, _, sums = self._engine(inputs, 1.0, token_loss)

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from core import pretrained
+from core.faults import UserError
 from core.logprobs import entropy_from_logits, logprobs_from_logits
 from core.schema import ModelConfig
 from trainer import adapters, fused_head
@@ -89,7 +90,7 @@ class CausalForward:
         self._takes_positions = "position_ids" in inspect.signature(lm.forward).parameters
         self._own_hidden: Tensor | None = None
         self.fused = self._head_is_one_product()
-        self.packed = self.fused and self._reads_segments()
+        self.packed = self.fused and self.reads_segments(lm)
 
     @property
     def head(self) -> nn.Module:
@@ -181,16 +182,16 @@ class CausalForward:
         return ours.shape == own.shape and bool((ours - own).abs().max() <= 1e-5 * own.abs().max().clamp(min=1e-3))
 
     @torch.no_grad()
-    def _reads_segments(self) -> bool:
-        """Switch the model to attention over segments, if it then computes what it did before."""
-        config = self.lm.config.get_text_config()
+    def reads_segments(self, lm: PreTrainedModel) -> bool:
+        """Switch the LM, or a trunk beside it, to attention over segments, if it then computes what it did before."""
+        config = lm.config.get_text_config()
         if getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True):
             return False
         before = config._attn_implementation
         ids = self._few_tokens(12)
         prompt, long, short, other = ids[:4], ids[4:9], ids[9:11], ids[3:12]
         rows = [torch.cat([prompt, long]), torch.cat([prompt, short]), other]  # two of one prompt, and one alone
-        alone = [self.lm.base_model(input_ids=row[None], use_cache=False).last_hidden_state[0] for row in rows]
+        alone = [lm.base_model(input_ids=row[None], use_cache=False).last_hidden_state[0] for row in rows]
         width = max(map(len, rows))
         lengths = [(4, 5), (4, 2), (4, 5)]
         padded = torch.zeros(3, 4 + 5, dtype=torch.long)
@@ -201,14 +202,14 @@ class CausalForward:
         packed = pack(padded, n_prompts, n_responses, mask, ids.device)
         expected = torch.cat([x[p - 1 : p - 1 + t] for x, (p, t) in zip(alone, lengths, strict=True)])
         try:
-            self.lm.set_attn_implementation(ATTENTION)
-            hidden = self._packed_hidden(self.lm.base_model, packed)[packed.state_at]
+            lm.set_attn_implementation(ATTENTION)
+            hidden = self._packed_hidden(lm.base_model, packed)[packed.state_at]
         except (NotImplementedError, TypeError, ValueError, RuntimeError):
             hidden = None  # it does not hand `segments` on, or wants something that such attention has not
         scale = expected.abs().max().clamp(min=1e-3)
         if hidden is not None and bool((hidden - expected).abs().max() <= 1e-4 * scale):
             return True
-        self.lm.set_attn_implementation(before)
+        lm.set_attn_implementation(before)
         return False
 
     def _few_tokens(self, n: int) -> Tensor:
@@ -243,8 +244,8 @@ class PolicyWithValueHead(nn.Module):
         wide = torch.float64 if lm.dtype == torch.float64 else torch.float32
         if config.value == "separate":
             self.critic = copy.deepcopy(lm.base_model) if critic is None else critic
-            if critic is not None and self.reader.packed:
-                critic.set_attn_implementation(ATTENTION)
+            if critic is not None:
+                self._refuse_unlike(critic)
         if config.lora_rank:
             names = ["policy"] + ["critic"] * (config.value == "lora")
             adapters.inject(lm, names, config)
@@ -256,6 +257,20 @@ class PolicyWithValueHead(nn.Module):
         else:
             with torch.no_grad():
                 self.value_head.weight.copy_(head)
+
+    def _refuse_unlike(self, critic: PreTrainedModel) -> None:
+        """Raise UserError for a trunk that cannot read what the policy reads, in the form in which it is read."""
+        words, known = (len(x.get_input_embeddings().weight) for x in (self.lm, critic))
+        if known < words:
+            raise UserError(
+                f"model.value_path = {self.config.value_path}: knows {known} tokens, the policy {words}; give a model"
+                " with the policy's tokenizer"
+            )
+        if self.reader.packed and not self.reader.reads_segments(critic):
+            raise UserError(
+                f"model.value_path = {self.config.value_path}: its attention ({type(critic).__name__}) does not read"
+                " several responses as one sequence, which the policy's does; give a model of the policy's kind"
+            )
 
     def forward(
         self,
@@ -326,8 +341,10 @@ class PolicyWithValueHead(nn.Module):
         transformers does so in training mode alone, in which dropout would be on: the flag of the layer itself is set,
         those of the modules in it stay off.
         """
-        for trunk in (self.lm, *([self.critic] if self.value == "separate" else [])):
-            trunk.gradient_checkpointing_enable({"use_reentrant": False})
+        settings = {"use_reentrant": False}
+        self.lm.gradient_checkpointing_enable(settings | {"context_fn": lambda: adapters.as_now(self.lm)})
+        if self.value == "separate":
+            self.critic.gradient_checkpointing_enable(settings)
         for layer in self.modules():
             if isinstance(layer, GradientCheckpointingLayer):
                 layer.training = True
