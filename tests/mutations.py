@@ -9,7 +9,7 @@ First the tests run on the copy as it is and must pass, so what fails later fail
 cannot even be collected has caught nothing.
 
 Each mutation has a copy and a process of its own. The process is forked from this one, which has imported the libraries
-(and nothing of ours), or most of the time would go into importing torch sixty times.
+(and nothing of ours), or most of the time would go into importing torch a hundred times.
 """
 
 import importlib

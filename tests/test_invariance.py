@@ -23,6 +23,7 @@ from conformance import (
     trajectory,
 )
 from core.trajectory import Trajectory
+from trainer import fused_head
 from trainer.batch import TrainBatch
 from trainer.learner import Learner
 from trainer.loop import credit
@@ -67,6 +68,16 @@ def test_the_size_of_the_micro_batch(name, micro):
     assert batch.response_mask.sum(dim=1).unique().numel() > 3
     other = at_work(name, **{"ppo.micro_batch_size": micro})
     assert distance(gradient(it, batch), gradient(other, batch)) < LIMIT[name]
+
+
+@models
+def test_the_size_of_a_chunk_of_the_head(name, monkeypatch):
+    """Each chunk of tokens must find its own advantages, old log-probs and reference."""
+    it = at_work(name, **{"ppo.kl_loss_coef": 0.1})
+    batch = off_policy(credited(it, random_trajectories(0, N)))
+    whole = gradient(it, batch)
+    monkeypatch.setattr(fused_head, "chunk_size", lambda n_vocab, device: 5)
+    assert distance(whole, gradient(it, batch)) < LIMIT[name]
 
 
 @models
