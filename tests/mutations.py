@@ -723,7 +723,7 @@ OF_THE_LEARNER = [
     Mutation(
         "an adapter is not merged into the weights that are sent",
         EXPORT_PY,
-        "merged = whole if layer is None else whole + adapters.delta(layer)",
+        "merged = whole + torch.mm(*factors).to(whole.dtype) if factors else whole",
         "merged = whole",
         WEIGHTS,
     ),

@@ -101,12 +101,15 @@ def test_values_are_read_in_the_unit_that_their_critic_was_trained_in():
     unit = 12.5**0.5
     one = credited(cfg, batch_of([[3.0, 4.0]], [[1, 1]]), running=state.running, report=report)
     close(one.returns, [[3 / unit, 4 / unit]])
-    assert report == {"value/scale": pytest.approx(unit)}
+    assert report == {"value/scale": pytest.approx(unit), "value/explained_variance": 0.0}
 
     again = TrainState.fresh(cfg)
     again.restore(json.loads(json.dumps(state.to_json())))
     for running in (state.running, again.running):  # with and without a restart in between
-        two = credited(cfg, batch_of([[1.0, 2.0]], [[1, 1]], values=[[1.0, 0.0]]), running=running)
+        told: dict[str, float] = {}
+        two = credited(cfg, batch_of([[1.0, 2.0]], [[1, 1]], values=[[1.0, 0.0]]), running=running, report=told)
+        # in the unit of the returns: errors 1 - unit and 2 about their mean, over returns 1 and 2 about theirs
+        assert told["value/explained_variance"] == pytest.approx(1 - (1 + unit) ** 2)
         close(two.advantages, [[1.0 - unit, 2.0]])
         sigma = ((25 + 1 + 4) / 4) ** 0.5  # returns 3, 4, 1, 2
         close(two.returns, [[1 / sigma, 2 / sigma]])

@@ -364,3 +364,20 @@ def test_targets_that_are_not_there_are_refused_in_one_line():
     with pytest.raises(UserError, match=r"model\.lora_targets") as error:
         learner("llama-untied", **{"model.lora_targets": ["no_such_layer"]})
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+def test_an_adapter_beside_a_table_is_refused(target):
+    """Both are read past their adapters, which would train nothing and travel all the same."""
+    with pytest.raises(UserError, match="model.lora_targets.*name linear layers only"):
+        policy_of(tiny_models.make_model("llama-untied"), lora_rank=2, lora_targets=["q_proj", target])
+
+
+def test_shards_without_elements_are_no_adapter():
+    """As ZeRO-3 leaves them outside of a forward: their product would be a 0 that spreads over any shape."""
+    policy = policy_of(tiny_models.make_model("llama-tied"), lora_rank=2)
+    for layer in adapters.layers(policy.lm).values():
+        for factor in (layer.lora_A, layer.lora_B):
+            factor["policy"].weight.data = torch.empty(0)
+    with pytest.raises(AssertionError, match="an adapter of shapes"):
+        engine_weights.export(policy.lm, torch.float32)

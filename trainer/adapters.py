@@ -47,7 +47,17 @@ def inject(lm: nn.Module, names: list[str], config: ModelConfig) -> None:
         parameter.requires_grad_(is_part(key))
         if is_part(key):
             parameter.data = parameter.data.to(dtype)
+    _refuse_tables(lm, config)
     lm._tokenppo_adapted = list(layers(lm).values())
+
+
+def _refuse_tables(lm: nn.Module, config: ModelConfig) -> None:
+    """Raise UserError where an adapter stands beside an embedding or the output layer, which are read past it."""
+    tables = {id(lm.get_input_embeddings()): "the embedding", id(lm.get_output_embeddings()): "the output layer"}
+    for name, module in lm.named_modules():
+        if hasattr(module, "base_layer") and (id(module) in tables or not isinstance(module.weight, Tensor)):
+            what = tables.get(id(module), "no linear layer")
+            raise UserError(f"model.lora_targets = {config.lora_targets}: {name} is {what}; name linear layers only")
 
 
 def layers(lm: nn.Module) -> dict[str, nn.Module]:
@@ -63,11 +73,6 @@ def is_part(name: str) -> bool:
 def plain(name: str) -> str:
     """The name of a parameter as it was before adapters were put beside its layer."""
     return name.replace(".base_layer.", ".")
-
-
-def delta(layer: nn.Module) -> Tensor:
-    """(alpha / rank) B A of the policy's adapter, in the shape of the layer's weight."""
-    return layer.get_delta_weight("policy")
 
 
 @contextmanager

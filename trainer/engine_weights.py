@@ -47,8 +47,9 @@ def export(lm: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
             continue
         if id(parameter) not in copies:
             layer = adapted.get(name.removesuffix(".base_layer.weight"))
+            factors = () if layer is None else _factors(layer)
             with _whole(parameter) as whole:
-                merged = whole if layer is None else whole + adapters.delta(layer)
+                merged = whole + torch.mm(*factors).to(whole.dtype) if factors else whole
                 copies[id(parameter)] = merged.detach().to(dtype, copy=_is_shard(parameter))
         out[adapters.plain(name)] = copies[id(parameter)]
     # Buffers keep their dtype: from_pretrained casts parameters only, and rotary frequencies want float32.
@@ -63,11 +64,7 @@ def export_adapter(lm: nn.Module) -> dict[str, Tensor]:
     gets them in that order too, so that W + B A holds for all."""
     out: dict[str, Tensor] = {}
     for name, layer in adapters.layers(lm).items():
-        with _whole(layer.lora_A["policy"].weight) as a, _whole(layer.lora_B["policy"].weight) as b:
-            b = b.detach().float() * layer.scaling["policy"]
-            a = a.detach().float().clone()
-        first, second = (a.T, b.T) if layer.fan_in_fan_out else (b, a)
-        out[f"{name}.weight{LORA_B}"], out[f"{name}.weight{LORA_A}"] = first.contiguous(), second.contiguous()
+        out[f"{name}.weight{LORA_B}"], out[f"{name}.weight{LORA_A}"] = _factors(layer)
     return out
 
 
@@ -91,6 +88,18 @@ def whole_policy(policy: nn.Module) -> PolicyWeights:
         elif adapters.is_part(name):
             adapter[name.removeprefix("lm.")] = tensor.detach().clone()
     return PolicyWeights(lm=export(policy.lm, torch.float32), value=value, adapter=adapter)
+
+
+def _factors(layer: nn.Module) -> tuple[Tensor, Tensor]:
+    """The two matrices whose product the policy's adapter adds to the weight of `layer`, as that weight lies. Gathered:
+    a shard of ZeRO-3 has no elements, and a product of nothing would add 0 without a word."""
+    with _whole(layer.lora_A["policy"].weight) as a:
+        a = a.detach().float().clone()
+    with _whole(layer.lora_B["policy"].weight) as b:
+        b = b.detach().float() * layer.scaling["policy"]
+    first, second = (a.T, b.T) if layer.fan_in_fan_out else (b, a)
+    assert first.shape[1] == second.shape[0] > 0, f"an adapter of shapes {tuple(a.shape)} and {tuple(b.shape)}"
+    return first.contiguous(), second.contiguous()
 
 
 def _is_shard(parameter: Tensor) -> bool:

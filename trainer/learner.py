@@ -240,7 +240,7 @@ class Learner:
         means |= {"optim/lr": self._last_lr, "ppo/epochs": epoch + 1}
         if norms:  # ZeRO-0 clips, and does not tell by how much
             means["optim/grad_norm"] = sum(norms) / len(norms)
-        if cfg.has_critic:
+        if cfg.has_critic and cfg.scale_values == "none":  # else `credit` tells it, which has both in one unit
             means["value/explained_variance"] = ppo.explained_variance(
                 batch.values, batch.returns, batch.response_mask, all_reduce=self.ranks.sum
             )

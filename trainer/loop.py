@@ -217,6 +217,9 @@ def credit(
     if p.scale_rewards != "none":
         report["credit/reward_scale"] = reward_scale
     if p.scale_values != "none":
+        report["value/explained_variance"] = ppo.explained_variance(
+            batch.values * unit, returns, mask, all_reduce=all_reduce
+        )
         returns, report["value/scale"] = estimators.scale_returns(returns, mask, running, all_reduce=all_reduce)
     if p.compares_samples:
         report["credit/lone_frac"] = estimate.lone_frac

@@ -28,7 +28,14 @@ from trainer.fused_head import TokenLoss
 from trainer.packing import ATTENTION, Packed, pack, take_rows
 
 # Settings by which some models change their logits after the output layer, where that shows on trained weights only.
-_AFTER_THE_HEAD = ("final_logit_softcapping", "logits_soft_cap", "logit_scale", "logits_scaling", "lm_head_multiplier")
+_AFTER_THE_HEAD = (
+    "final_logit_softcapping",
+    "logits_soft_cap",
+    "logit_scale",
+    "logits_scaling",
+    "lm_head_multiplier",
+    "output_logit_soft_cap",
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -256,6 +256,10 @@ def attend(
     window = other.get("sliding_window")
     if window is not None and segments.varlen.longest_k > window:
         raise NotImplementedError(f"attention over segments has no window, and a segment is longer than {window}")
+    if torch.is_autocast_enabled(
+        query.device.type
+    ):  # rotations leave float32 behind them, kernels want one narrow dtype
+        query, key, value = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, key, value))
     rows = [x[0].transpose(0, 1) for x in (query, key, value)]  # [N, H, D]
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and _varlen_attn is not None:
         return _attend_varlen(*rows, segments.varlen, scale)[None], None
