@@ -191,6 +191,8 @@ def _train(
         critic = build.critic(cfg, job.accelerator.device)
         texts = build.texts(cfg, job.tokenizer)
     learner = Learner(cfg, job.accelerator, lm, ref_lm, ranks, critic=critic, texts=texts)
+    if ranks.is_main and learner.policy.reader.slower is not None:
+        note(f"note: {learner.policy.reader.slower}")
     with ranks.together():
         servers = rewards.wait_ready()
         rollouts.wait_ready()

@@ -97,8 +97,8 @@ def _factors(layer: nn.Module) -> tuple[Tensor, Tensor]:
         a = a.detach().float().clone()
     with _whole(layer.lora_B["policy"].weight) as b:
         b = b.detach().float() * layer.scaling["policy"]
+    assert a.ndim == b.ndim == 2 and len(a) == b.shape[1], f"an adapter of shapes {tuple(a.shape)} and {tuple(b.shape)}"
     first, second = (a.T, b.T) if layer.fan_in_fan_out else (b, a)
-    assert first.shape[1] == second.shape[0] > 0, f"an adapter of shapes {tuple(a.shape)} and {tuple(b.shape)}"
     return first.contiguous(), second.contiguous()
 
 

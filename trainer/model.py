@@ -103,6 +103,16 @@ class CausalForward:
     def head(self) -> nn.Module:
         return self.lm.get_output_embeddings()
 
+    @property
+    def slower(self) -> str | None:
+        """Why it is not read in the fastest way, in one line; None where it is."""
+        kind = type(self.lm).__name__
+        if not self.fused:
+            return f"{kind} changes its logits after the output layer: rows are padded and [tokens, vocabulary] is held"
+        if not self.packed:
+            return f"{kind} does not read several responses as one sequence: rows are padded"
+        return None
+
     def states(self, inputs: Inputs, trunk: nn.Module | None = None) -> tuple[Tensor, Tensor]:
         """[M, H] before each scored token and [S, H] behind each response, of the LM's trunk or another like it."""
         trunk = self.lm.base_model if trunk is None else trunk
