@@ -65,11 +65,6 @@ def plain(name: str) -> str:
     return name.replace(".base_layer.", ".")
 
 
-def delta(layer: nn.Module) -> Tensor:
-    """(alpha / rank) B A of the policy's adapter, in the shape of the layer's weight."""
-    return layer.get_delta_weight("policy")
-
-
 @contextmanager
 def active(lm: nn.Module, name: str | None) -> Iterator[None]:
     """A block in which the layers of `lm` add the adapter `name`, or none."""

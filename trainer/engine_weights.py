@@ -48,7 +48,7 @@ def export(lm: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
         if id(parameter) not in copies:
             layer = adapted.get(name.removesuffix(".base_layer.weight"))
             with _whole(parameter) as whole:
-                merged = whole if layer is None else whole + adapters.delta(layer)
+                merged = whole if layer is None else whole + torch.mm(*_factors(layer))
                 copies[id(parameter)] = merged.detach().to(dtype, copy=_is_shard(parameter))
         out[adapters.plain(name)] = copies[id(parameter)]
     # Buffers keep their dtype: from_pretrained casts parameters only, and rotary frequencies want float32.
@@ -63,12 +63,17 @@ def export_adapter(lm: nn.Module) -> dict[str, Tensor]:
     gets them in that order too, so that W + B A holds for all."""
     out: dict[str, Tensor] = {}
     for name, layer in adapters.layers(lm).items():
-        with _whole(layer.lora_A["policy"].weight) as a, _whole(layer.lora_B["policy"].weight) as b:
-            b = b.detach().float() * layer.scaling["policy"]
-            a = a.detach().float().clone()
-        first, second = (a.T, b.T) if layer.fan_in_fan_out else (b, a)
-        out[f"{name}.weight{LORA_B}"], out[f"{name}.weight{LORA_A}"] = first.contiguous(), second.contiguous()
+        out[f"{name}.weight{LORA_B}"], out[f"{name}.weight{LORA_A}"] = _factors(layer)
     return out
+
+
+def _factors(layer: nn.Module) -> tuple[Tensor, Tensor]:
+    """What the policy's adapter adds to the weight of a layer, as two factors, in float32. All ranks call it."""
+    with _whole(layer.lora_A["policy"].weight) as a, _whole(layer.lora_B["policy"].weight) as b:
+        b = b.detach().float() * layer.scaling["policy"]
+        a = a.detach().float().clone()
+    first, second = (a.T, b.T) if layer.fan_in_fan_out else (b, a)
+    return first.contiguous(), second.contiguous()
 
 
 @dataclass(frozen=True, kw_only=True)

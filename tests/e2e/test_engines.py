@@ -83,7 +83,13 @@ def test_one_stored_batch_under_deepspeed(by_one, tmp_path, engine, kind):
 @pytest.mark.slow
 def test_twenty_steps_end_at_the_same_parameters(tmp_path):
     """By SGD: the step is the gradient, so rounding stays rounding."""
-    case = {"micro": 2, "shards": [5, 7], "updates": 20, "sgd": True, "settings": {"optim.lr": 0.01}}
+    case = {
+        "micro": 2,
+        "shards": [5, 7],
+        "updates": 20,
+        "sgd": True,
+        "settings": {"optim.lr": 0.01, "run.checks": False},
+    }
     (want,) = many.stored_batch(tmp_path, "cpu", "llama-tied", [alone(case)])
     (start,) = many.stored_batch(tmp_path, "cpu", "llama-tied", [alone(case) | {"updates": 1}])
     assert farthest(want["parameters"], start["parameters"]) > 1e-2
