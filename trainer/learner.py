@@ -84,7 +84,6 @@ class Learner:
         trunk, head = critic or (None, None)
         # eval for good: dropout would move the ratios off 1
         self.policy = PolicyWithValueHead(lm, cfg.model, critic=trunk, head=head).eval()
-        self._ref = Reference(cfg.model, self.policy, ref_lm if cfg.reference != "adapter" else None)
         self._sharded = accelerator.distributed_type == DistributedType.DEEPSPEED
         if self._sharded:
             accelerator.state.deepspeed_plugin.deepspeed_config.update(
@@ -93,6 +92,7 @@ class Learner:
                 gradient_clipping=cfg.optim.max_grad_norm,
             )
         self._engine, self._optimizer = accelerator.prepare(self.policy, self._adamw())
+        self._ref = Reference(cfg.model, self.policy, self._engine, ref_lm if cfg.reference != "adapter" else None)
         if self.ranks.size > 1 and self._engine is self.policy and not engine_weights.is_sharded(self.policy):
             raise UserError(
                 f"{self.ranks.size} learner processes were launched as {accelerator.distributed_type.value}: each would"

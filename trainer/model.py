@@ -296,12 +296,18 @@ class PolicyWithValueHead(nn.Module):
         token_loss: TokenLoss | None = None,
         with_entropy: bool = False,
         value_only: bool = False,
-    ) -> tuple[Tensor, Tensor, Tensor | None, dict[str, Tensor]]:
+        base: bool = False,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, dict[str, Tensor]]:
         """Without `token_loss` (no gradient): log-probs [M], values [M + S], entropies [M], {}.
 
         With it: the loss of all tokens, values [M + S], None, and the sums that `token_loss` keeps. Of the values the
         last S are of the states behind each response. `value_only` keeps the value's gradient from a shared trunk.
+        `base`: only log-probs and entropies, of the model without its adapter.
         """
+        if base:
+            with adapters.active(self.lm, None):
+                logprobs, entropy = self.reader.score(inputs, temperature)
+            return logprobs, None, entropy, {}
         with adapters.active(self.lm, "policy"):
             if self.reader.fused:
                 states, after = self.reader.states(inputs)
@@ -370,9 +376,12 @@ class PolicyWithValueHead(nn.Module):
 class Reference:
     """The frozen model that KL is measured against: a copy of its own, or the policy without its adapter."""
 
-    def __init__(self, config: ModelConfig, policy: PolicyWithValueHead, lm: PreTrainedModel | None) -> None:
-        """`lm`: the copy; None for the policy without its adapter."""
-        self._policy, self._offload = policy, config.reference == "offload"
+    def __init__(
+        self, config: ModelConfig, policy: PolicyWithValueHead, engine: nn.Module, lm: PreTrainedModel | None
+    ) -> None:
+        """`engine`: which wraps the policy; ZeRO-3 gathers parameters in its forward alone. `lm`: the copy; None for
+        the policy without its adapter."""
+        self._engine, self._offload = engine, config.reference == "offload"
         self._reader = policy.reader
         if lm is not None:
             lm = lm.eval().requires_grad_(False)
@@ -398,8 +407,7 @@ class Reference:
         """[M] log-probs of the scored tokens."""
         if self._own:
             return self._reader.score(inputs, temperature)[0]
-        with adapters.active(self._policy.lm, None):
-            return self._reader.score(inputs, temperature)[0]
+        return self._engine(inputs, temperature, base=True)[0]
 
 
 def load_causal_lm(path: str, device: torch.device | str) -> PreTrainedModel:

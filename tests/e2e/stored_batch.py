@@ -2,7 +2,8 @@
 
     accelerate launch --config_file launch/accelerate/zero2.yaml tests/e2e/stored_batch.py OUT '{"model": ...}'
 
-A case is a micro-batch size, epochs and mini-batches of the update, and how the rows are shared out over the ranks.
+A case is a micro-batch size, epochs and mini-batches of the update, how the rows are shared out over the ranks, and
+`settings` of the configuration. With `updates`, so many of them; with `sgd`, by plain SGD, which keeps rounding small.
 """
 
 import json
@@ -16,6 +17,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from launch import cluster  # noqa: E402
 
 cluster.prepare_environment()
+
+import torch  # noqa: E402
 
 import tiny_models  # noqa: E402
 from core.config import load  # noqa: E402
@@ -44,6 +47,7 @@ def configured(case: dict) -> object:
             "resources.device": "cpu",
             "resources.collective_timeout_s": 120,
             "run.deterministic": True,
+            **case.get("settings", {}),
         },
         folder=ROOT,
     )
@@ -51,13 +55,44 @@ def configured(case: dict) -> object:
 
 def gradients(it: Learner) -> dict[str, list[float]]:
     """Of the first step, whole, from AdamW's first moment: exp_avg = (1 - beta1) * gradient."""
+    trained = {name: p for name, p in it.policy.named_parameters() if p.requires_grad}
     if hasattr(it._optimizer.optimizer, "bit16_groups") or hasattr(it._optimizer.optimizer, "fp16_groups"):  # ZeRO
         from deepspeed.utils import safe_get_full_optimizer_state as full
 
-        moments = {name: full(p, "exp_avg") for name, p in it.policy.named_parameters()}
+        moments = {name: full(p, "exp_avg") for name, p in trained.items()}
     else:
-        moments = {name: it._optimizer.optimizer.state[p]["exp_avg"] for name, p in it.policy.named_parameters()}
+        moments = {name: it._optimizer.optimizer.state[p]["exp_avg"] for name, p in trained.items()}
     return {name: (x.float() / (1 - it.cfg.optim.betas[0])).flatten().tolist() for name, x in moments.items()}
+
+
+class _SGDLearner(Learner):
+    def _adamw(self) -> torch.optim.Optimizer:
+        """Its step is the gradient: AdamW's is its sign at first, which rounding decides where it is about 0."""
+        groups = [{"params": g["params"], "peak_lr": g["peak_lr"]} for g in super()._adamw().param_groups]
+        return torch.optim.SGD(groups, lr=self.cfg.optim.lr)
+
+
+def stirred(policy: torch.nn.Module) -> None:
+    """Value head and adapters away from 0, through which no gradient passes; the same under every engine."""
+    with torch.no_grad():
+        for name, p in sorted(policy.named_parameters()):
+            if name == "value_head.weight" or ".lora_B." in name:
+                p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(len(name))) * 0.05)
+
+
+class _Stirred:
+    """As `Learner` makes its policy, before an engine has it."""
+
+    def __init__(self, accelerator: object, on: bool) -> None:
+        self._accelerator, self._on = accelerator, on
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._accelerator, name)
+
+    def prepare(self, policy: torch.nn.Module, optimizer: object) -> tuple:
+        if self._on:
+            stirred(policy)
+        return self._accelerator.prepare(policy, optimizer)
 
 
 def main(out: Path, task: dict) -> None:
@@ -67,18 +102,29 @@ def main(out: Path, task: dict) -> None:
     trajectories = tiny_models.roll_out(engine, N)
     with ExitStack() as stack:
         accelerator, ranks = learners.join(configured(task["cases"][0]), stack, print)
+        if accelerator.distributed_type.value == "DEEPSPEED":
+            # By default a parameter of less than 100 000 elements is never sharded: here, all of them.
+            zero = accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
+            zero["stage3_param_persistence_threshold"] = 0
         for case in task["cases"]:
             cfg = configured(case)
             bounds = [sum(case["shards"][:i]) for i in range(ranks.size + 1)] if ranks.size > 1 else [0, N]
             mine = trajectories[bounds[ranks.index] : bounds[ranks.index + 1]]
-            it = Learner(cfg, accelerator, tiny_models.make_model(name), tiny_models.make_model(name), ranks)
-            batch, before = it.annotate(TrainBatch.collate(mine, ["a"]))
-            batch = credit(cfg, batch.fill(token_rewards=batch.component_rewards["a"].float()), 0.02, ranks.sum)
-            means = it.update(batch)
+            ref = None if cfg.reference == "adapter" else tiny_models.make_model(name)
+            kind = _SGDLearner if case.get("sgd") else Learner
+            stir = _Stirred(accelerator, bool(case.get("settings")))
+            it = kind(cfg, stir, tiny_models.make_model(name), ref, ranks)
+            for _ in range(case.get("updates", 1)):
+                batch, before = it.annotate(TrainBatch.collate(mine, ["a"]))
+                batch = credit(cfg, batch.fill(token_rewards=batch.component_rewards["a"].float()), 0.02, ranks.sum)
+                means = it.update(batch)
             parameters = {n: p.detach().flatten().tolist() for n, p in engine_weights.whole_parameters(it.policy)}
-            results.append(
-                {"case": case, "means": before | means, "gradients": gradients(it), "parameters": parameters}
-            )
+            result = {"case": case, "means": before | means, "parameters": parameters}
+            result["gradients"] = {} if case.get("sgd") else gradients(it)
+            if case.get("export"):
+                whole = it.whole_policy().lm | it.export_weights()
+                result["exported"] = {n: x.flatten().tolist() for n, x in whole.items()}
+            results.append(result)
         if ranks.is_main:
             kind = accelerator.distributed_type.value
             out.write_text(json.dumps({"ranks": ranks.size, "engine": kind, "results": results}))
