@@ -716,8 +716,8 @@ OF_THE_LEARNER = [
     Mutation(
         "the reference is computed with the adapter",
         MODEL_PY,
-        "with adapters.active(self._policy.lm, None):",
-        'with adapters.active(self._policy.lm, "policy"):',
+        "with adapters.active(self.lm, None):",
+        'with adapters.active(self.lm, "policy"):',
         IDENTITY,
     ),
     Mutation(
