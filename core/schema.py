@@ -41,9 +41,9 @@ class ModelConfig(Section):
     adapter of its own on a frozen trunk (with `lora_rank`); a trunk of its own, at first a copy of the policy's."""
     value_path: str | None = None
     """Of `value: separate`: a model to start from, e.g. a reward model, whose score head becomes the value head."""
-    reference: Literal["auto", "copy", "adapter", "offload"] = "auto"
+    reference: Literal["auto", "copy", "adapter", "offload", "reward_server"] = "auto"
     """Where reference log-probs come from: a frozen copy; the policy without its adapter (auto with `lora_rank`); a
-    copy that waits in host memory between its uses."""
+    copy that waits in host memory between its uses; or the reward servers, which compute them beside the rewards."""
     lora_rank: int = Field(0, ge=0, le=4096)
     """Train low-rank adapters of this rank (needs peft) on a frozen model; 0 trains the whole model."""
     lora_alpha: float | None = Field(None, gt=0)

@@ -61,6 +61,7 @@ class Trajectory:
     finished_at: float  # rollout/worker, seconds since the epoch: for reports only, nothing is decided by it
     component_rewards: dict[str, np.ndarray] = field(default_factory=dict)  # name -> [T] float64 raw, reward_server
     component_mask: dict[str, np.ndarray] = field(default_factory=dict)  # name -> [T] bool, False: does not apply
+    ref_logprobs: np.ndarray | None = None  # [T] float32, reward_server, with `model.reference: reward_server`
     scored_at: float = 0.0  # reward_server
 
     def __post_init__(self) -> None:
@@ -76,7 +77,15 @@ class Trajectory:
         """The place of this sample in every batch: batches are sorted by it, never by arrival."""
         return (self.request.ordinal, self.request.k)
 
-    def scored(self, rewards: dict[str, np.ndarray], mask: dict[str, np.ndarray], *, scored_at: float) -> "Trajectory":
+    def scored(
+        self,
+        rewards: dict[str, np.ndarray],
+        mask: dict[str, np.ndarray],
+        *,
+        scored_at: float,
+        ref_logprobs: np.ndarray | None = None,
+    ) -> "Trajectory":
         """The same response with its raw component rewards (each [T] float64)."""
         assert not self.component_rewards, f"sample {self.request.sample_uid} was scored twice"
-        return replace(self, component_rewards=rewards, component_mask=mask, scored_at=scored_at)
+        scores = {"component_rewards": rewards, "component_mask": mask, "ref_logprobs": ref_logprobs}
+        return replace(self, **scores, scored_at=scored_at)

@@ -13,6 +13,7 @@ from core.schema import Config
 from launch import early
 from launch.cluster import thread_plan
 from reward_server.client import RewardClient
+from reward_server.reference import ReferenceSpec
 from rollout.engines.transformers_engine import TransformersEngine, stop_ids
 from rollout.group import RolloutGroup
 from rollout.prompts import (
@@ -145,10 +146,10 @@ def texts(cfg: Config, tokenizer: Any) -> list[np.ndarray]:
 
 
 def reference_lm(cfg: Config, device: Any) -> Any:
-    """The frozen copy; None where the reference is the policy without its adapter."""
+    """The frozen copy; None where the reference is the policy without its adapter, or is elsewhere."""
     from trainer.model import load_causal_lm
 
-    if cfg.reference == "adapter":
+    if cfg.reference in ("adapter", "reward_server"):
         return None
     return load_causal_lm(cfg.model.path, "cpu" if cfg.reference == "offload" else device)
 
@@ -250,4 +251,12 @@ def reward_client(cfg: Config, functions: dict[str, Callable] | None, note: Call
         servers=cfg.resources.reward_servers,
         gpus=cfg.resources.reward_gpus,
         batch_size=cfg.resources.reward_batch_size,
+        reference=ReferenceSpec(
+            model=cfg.model.path,
+            dtype=cfg.model.dtype,
+            temperature=cfg.rollout.temperature,
+            batch_size=cfg.rollout.chunk_size,
+        )
+        if cfg.reference == "reward_server"
+        else None,
     )

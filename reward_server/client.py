@@ -16,6 +16,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 from core.faults import Fault, ProcessFault, RewardFault
 from core.schema import RewardConfig
 from core.trajectory import Trajectory
+from reward_server.reference import ReferenceSpec
 from reward_server.server import RewardServer, ScoreFailure
 
 MAX_SERVER_LOSSES = 3
@@ -45,10 +46,13 @@ class RewardClient:
         servers: int = 1,
         gpus: float = 0.0,
         batch_size: int | None = None,
+        reference: ReferenceSpec | None = None,
     ) -> None:
-        """`servers` replicas with `gpus` of a GPU each, which join chunks to `batch_size` responses, or none."""
+        """`servers` replicas with `gpus` of a GPU each, which join chunks to `batch_size` responses, or none; each has
+        the `reference` too, if there is one."""
         self._args = (components, load_tokenizer)
         self._kwargs = {"functions": functions, "device": "cuda" if gpus else "cpu", "batch_size": batch_size}
+        self._kwargs["reference"] = reference
         # Actors take no CPU of Ray's count: on a small host the last one would wait for ever.
         self._actor = {"num_cpus": 0, "num_gpus": gpus, "max_restarts": 0}
         if batch_size is not None:

@@ -164,6 +164,11 @@ class Component:
             )
         self._fn, self._takes_batch = fn, takes_batch
 
+    @property
+    def fn(self) -> Callable:
+        """The function, or the object of the class."""
+        return self._fn
+
     def setup(self, device: str) -> None:
         """Let it load what it needs, once, before the first batch. Raises UserError where it cannot."""
         setup = getattr(self._fn, "setup", None)

@@ -32,6 +32,11 @@ class Scorer:
     def names(self) -> list[str]:
         return list(self._components)
 
+    @property
+    def parts(self) -> list[Callable]:
+        """The functions and objects behind the components."""
+        return [component.fn for component in self._components.values()]
+
     def setup(self, device: str) -> None:
         """Have every component load what it needs. `device`: `cpu` or `cuda`. Raises UserError."""
         for component in self._components.values():

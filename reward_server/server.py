@@ -14,9 +14,11 @@ from typing import Any
 
 import torch
 
+from core.faults import UserError
 from core.schema import RewardConfig
 from core.trajectory import Trajectory
 from reward_server.components import NotPerCompletion, ScoreRequest
+from reward_server.reference import Reference, ReferenceSpec
 from reward_server.scorer import Scorer
 
 
@@ -50,13 +52,16 @@ class RewardServer:
         functions: dict[str, Callable] | None = None,
         device: str = "cpu",
         batch_size: int | None = None,
+        reference: ReferenceSpec | None = None,
     ) -> None:
-        """`functions`: callables of the user's script by component name; they win over `fn`."""
+        """`functions`: callables of the user's script by component name; they win over `fn`. `reference`: the model
+        whose log-probs go with the rewards."""
         torch.set_num_threads(1)
         self._batch_size = batch_size
         self._lane, self._queue = threading.Lock(), deque()
         self._tokenizer = load_tokenizer()
         self._scorer, self._device, self._is_set_up = Scorer(components, functions), device, False
+        self._reference = Reference(reference) if reference is not None else None
 
     def hello(self) -> int:
         """Process id; answers once tokenizer and components are loaded. Raises UserError where they cannot be."""
@@ -67,11 +72,18 @@ class RewardServer:
         # Not at birth: what an actor's constructor raises reaches nobody but as text.
         if not self._is_set_up:
             self._scorer.setup(self._device)
+            if self._reference is not None:
+                try:
+                    self._reference.setup(self._device, self._scorer.parts)
+                except (OSError, ValueError) as error:
+                    raise UserError(f"model.reference = reward_server: {str(error).splitlines()[0]}") from None
             self._is_set_up = True
 
     def close(self) -> None:
         """Have the components let go of what they hold."""
         self._scorer.close()
+        if self._reference is not None:
+            self._reference.close()
 
     def score(self, trajectories: list[Trajectory]) -> Scores:
         """Raw rewards of every component for each response; samples that a component failed on come back apart."""
@@ -116,10 +128,14 @@ class RewardServer:
             )
             for t in trajectories
         ]
-        answers = self._scorer.score(ScoreRequest.from_trajectories(trajectories, texts))
+        request = ScoreRequest.from_trajectories(trajectories, texts)
+        answers = self._scorer.score(request)
+        references = self._reference.of(request) if self._reference is not None else [None] * len(trajectories)
         scored, failures = [], []
         for i, trajectory in enumerate(trajectories):
             failed = [(name, a[i]) for name, a in answers.items() if isinstance(a[i], Exception)]
+            if isinstance(references[i], Exception):
+                failed.append(("reference", references[i]))
             if failed:
                 name, error = failed[0]
                 alone = not isinstance(error, NotPerCompletion)
@@ -128,5 +144,5 @@ class RewardServer:
                 continue
             rewards = {name: a[i][0] for name, a in answers.items()}
             applies = {name: a[i][1] for name, a in answers.items()}
-            scored.append(trajectory.scored(rewards, applies, scored_at=time.time()))
+            scored.append(trajectory.scored(rewards, applies, scored_at=time.time(), ref_logprobs=references[i]))
         return scored, failures

@@ -423,8 +423,8 @@ OF_THE_LEARNER = [
     Mutation(
         "no temperature in the log-probs of the reference",
         LEARNER_PY,
-        "self._for_reference(micro, inputs), self.cfg.rollout.temperature)",
-        "self._for_reference(micro, inputs), 1.0)",
+        "return self._ref.score(inputs, self.cfg.rollout.temperature)",
+        "return self._ref.score(inputs, 1.0)",
         IDENTITY,
     ),
     Mutation(
@@ -487,8 +487,8 @@ OF_THE_LEARNER = [
     Mutation(
         "the policy is its own reference",
         LEARNER_PY,
-        'ref_lm if cfg.reference != "adapter" else None)',
-        "None)",
+        'own = ref_lm if cfg.reference != "adapter" else None',
+        "own = None",
         IDENTITY,
     ),
     Mutation(

@@ -36,7 +36,7 @@ class TrainBatch:
     component_mask: dict[str, Tensor]  # name -> [B, T] bool
     token_rewards: Tensor | None = None  # [B, T] core/combine, in the loop
     old_logprobs: Tensor | None = None  # [B, T] trainer/learner.annotate
-    ref_logprobs: Tensor | None = None  # [B, T] trainer/learner.annotate
+    ref_logprobs: Tensor | None = None  # [B, T] trainer/learner.annotate, or came with the rewards
     values: Tensor | None = None  # [B, T] trainer/learner.annotate
     bootstrap_values: Tensor | None = None  # [B] trainer/learner.annotate: V of the state after the last token, if cut
     rewards: Tensor | None = None  # [B, T] trainer/ppo, after KL
@@ -72,6 +72,7 @@ class TrainBatch:
         for row, t in zip(prompts, trajectories, strict=True):
             row[p - len(t.request.prompt_ids) :] = t.request.prompt_ids
         components = list(trajectories[0].component_rewards if components is None else components)
+        given = bool(trajectories) and all(t.ref_logprobs is not None for t in trajectories)
         rewards = {n: [t.component_rewards[n] for t in trajectories] for n in components}
         masks = {n: [t.component_mask[n] for t in trajectories] for n in components}
         return cls(
@@ -85,6 +86,7 @@ class TrainBatch:
             cut=torch.tensor([t.finish_reason == "length" for t in trajectories], dtype=torch.bool),
             rollout_logprobs=right([t.rollout_logprobs for t in trajectories], np.float32),
             policy_version=right([t.policy_version for t in trajectories], np.int64),
+            ref_logprobs=right([t.ref_logprobs for t in trajectories], np.float32) if given else None,
             component_rewards={n: right(arrays, np.float64) for n, arrays in rewards.items()},
             component_mask={n: right(arrays, np.bool_) for n, arrays in masks.items()},
         )

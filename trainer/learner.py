@@ -71,7 +71,7 @@ class Learner:
         """
         Args:
             lm: is trained.
-            ref_lm: the same weights, frozen; None where the reference is the policy without its adapter.
+            ref_lm: the same weights, frozen; None where the reference is the policy without its adapter, or elsewhere.
             ranks: the processes of the job; None for one.
             critic: of `model.value_path`: a trunk and the [1, H] head to start from, if it has one.
             texts: of `data.ptx_path`: ids of each text, at least two.
@@ -92,7 +92,10 @@ class Learner:
                 gradient_clipping=cfg.optim.max_grad_norm,
             )
         self._engine, self._optimizer = accelerator.prepare(self.policy, self._adamw())
-        self._ref = Reference(cfg.model, self.policy, self._engine, ref_lm if cfg.reference != "adapter" else None)
+        self._ref: Reference | None = None  # log-probs of it come with the rewards
+        if cfg.reference != "reward_server":
+            own = ref_lm if cfg.reference != "adapter" else None
+            self._ref = Reference(cfg.model, self.policy, self._engine, own)
         if self.ranks.size > 1 and self._engine is self.policy and not engine_weights.is_sharded(self.policy):
             raise UserError(
                 f"{self.ranks.size} learner processes were launched as {accelerator.distributed_type.value}: each would"
@@ -157,10 +160,10 @@ class Learner:
         mask, dtype = batch.response_mask, self.policy.value_head.weight.dtype
         old, ref, values, entropy = (torch.zeros(mask.shape, dtype=dtype) for _ in range(4))
         after = torch.zeros(len(batch), dtype=dtype)
-        with self._ref.on(self.device):
+        with nullcontext() if self._ref is None else self._ref.on(self.device):
             for rows, micro, inputs in self._equal_pieces(batch):
                 of_tokens, of_states, of_entropy, _ = self._engine(inputs, self.cfg.rollout.temperature)
-                of_ref = self._ref.score(self._for_reference(micro, inputs), self.cfg.rollout.temperature)
+                of_ref = self._reference_of(micro, inputs)
                 if rows is None:
                     continue
                 row, column = micro.response_mask.nonzero(as_tuple=True)
@@ -170,14 +173,19 @@ class Learner:
                 values[at], entropy[at] = of_states[:m].to("cpu", dtype), of_entropy.to("cpu", dtype)
                 after[torch.from_numpy(rows)] = of_states[m:].to("cpu", dtype)
         bootstrap = torch.where(batch.cut, after, 0.0) if self.cfg.ppo.bootstrap_cut else torch.zeros_like(after)
-        filled = batch.fill(old_logprobs=old, ref_logprobs=ref, values=values, bootstrap_values=bootstrap)
+        given = {} if batch.ref_logprobs is not None else {"ref_logprobs": ref}
+        filled = batch.fill(old_logprobs=old, values=values, bootstrap_values=bootstrap, **given)
         return filled, self._compare(filled, entropy)
 
-    def _for_reference(self, micro: TrainBatch, inputs: Inputs) -> Inputs:
-        """The same rows in the form in which the reference is read."""
-        if self._ref.packed == (inputs.packed is not None):
-            return inputs
-        return inputs_of(micro, self.device, packed=self._ref.packed)
+    def _reference_of(self, micro: TrainBatch, inputs: Inputs) -> Tensor:
+        """[M] log-probs under the reference: computed here, or those that came with the rewards."""
+        if self._ref is None:
+            assert micro.ref_logprobs is not None or not micro.response_mask.any(), "no reference came with the rewards"
+            given = micro.ref_logprobs
+            return torch.zeros(0) if given is None else given[micro.response_mask]
+        if self._ref.packed != (inputs.packed is not None):
+            inputs = inputs_of(micro, self.device, packed=self._ref.packed)
+        return self._ref.score(inputs, self.cfg.rollout.temperature)
 
     def _equal_pieces(self, batch: TrainBatch) -> Iterator[tuple[np.ndarray | None, TrainBatch, Inputs]]:
         """Micro-batches of all rows, as many on every rank."""
@@ -208,10 +216,12 @@ class Learner:
                     )
             if self.step == 0:
                 worst = self.ranks.max(_largest(kl.abs()))
-                if not worst <= self._limits["ratio"]:
+                # Another process computes as a worker does: then the limit is that of workers.
+                limit = self._limits["logprob_max" if self._ref is None else "ratio"]
+                if not worst <= limit:
                     raise InvariantFault(
                         f"before the first update policy and reference differ by {worst:.2g} nats on a token"
-                        f" (limit {self._limits['ratio']:.2g}): they are not the same model"
+                        f" (limit {limit:.2g}): they are not the same model"
                     )
         return means
 
@@ -436,7 +446,12 @@ class Learner:
 
     @torch.no_grad()
     def reference_logprobs(self, probe: Probe) -> np.ndarray:
-        """[1, T] float32, the same under the frozen reference: which model it is, at the cost of one forward."""
+        """[1, T] float32, the same under the frozen reference: which model it is, at the cost of one forward.
+
+        Where the reward servers have it, the policy's own, which are the same as long as nothing was trained or loaded.
+        """
+        if self._ref is None:
+            return self.probe_logprobs(probe)
         with self._ref.on(self.device):
             logprobs = self._ref.score(self._probe_input(probe, self._ref.packed), self.cfg.rollout.temperature)
         return logprobs[None].float().cpu().numpy()

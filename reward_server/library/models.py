@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+
 from core.faults import RewardFault
 from reward_server.components import ScoreRequest
 from reward_server.placing import Span
@@ -60,15 +62,27 @@ class Fluency:
         self._center = center
         self._options = _Options(model, batch_size, dtype, max_tokens)
         self._policy_tokenizer = policy_tokenizer
+        self._temperature: float | None = None
+        self._kept: dict[str, np.ndarray] = {}
 
     def setup(self, device: str) -> None:
         """Loads the model. Raises ValueError where its weights or its vocabulary do not fit."""
         self._loaded = _load("AutoModelForCausalLM", self._options, device)
         _demand_same_tokenizer(self._loaded, self._policy_tokenizer)
 
+    def reads(self, model: str, dtype: str) -> bool:
+        """Whether its numbers are those of that model in that dtype."""
+        return (self._options.model, self._options.dtype) == (model, dtype)
+
+    def keep_logprobs(self, temperature: float, into: dict[str, np.ndarray]) -> None:
+        """Have each `score` leave the log-probs at `temperature` of its samples, [T] float32 by uid, in `into`, which
+        it empties first: the reference of the policy, out of the same forward."""
+        self._temperature, self._kept = temperature, into
+
     def score(self, batch: ScoreRequest) -> list[Entry]:
         """B entries, each T floats."""
         entropic = self._center == "entropy"
+        self._kept.clear()
 
         def entry(logprobs: list[float], entropies: list[float]) -> Entry:
             if entropic:
@@ -76,8 +90,11 @@ class Fluency:
             return [logprob - self._center for logprob in logprobs]
 
         rows, entries = _prepared(batch, lambda i: _ids_row(self._loaded, batch, i, needs_prompt=True))
-        for i, (logprobs, entropies) in _token_logprobs(self._loaded, rows, with_entropy=entropic):
+        numbers = _token_logprobs(self._loaded, rows, with_entropy=entropic, temperature=self._temperature)
+        for i, (logprobs, entropies, heated) in numbers:
             entries[i] = entry(logprobs, entropies)
+            if heated is not None:
+                self._kept[batch.uids[i]] = heated
         return entries
 
     def close(self) -> None:
@@ -128,8 +145,8 @@ class LogRatio:
             return _ids_row(self._loaded, batch, i, needs_prompt=True)
 
         rows, entries = _prepared(batch, row)
-        reference = {i: logprobs for i, (logprobs, _) in _token_logprobs(self._reference, rows)}
-        for i, (logprobs, _) in _token_logprobs(self._loaded, rows):
+        reference = {i: logprobs for i, (logprobs, *_) in _token_logprobs(self._reference, rows)}
+        for i, (logprobs, *_) in _token_logprobs(self._loaded, rows):
             ratios = [self._scale * (a - b) for a, b in zip(logprobs, reference[i], strict=True)]
             c = math.inf if self._clip is None else self._clip
             entries[i] = [min(max(ratio, -c), c) for ratio in ratios]
@@ -789,9 +806,10 @@ def _whole_scores(loaded: _Loaded, rows: dict[Any, _Row]) -> Iterator[tuple[Any,
 
 
 def _token_logprobs(
-    loaded: _Loaded, rows: dict[int, _Row], *, with_entropy: bool = False
-) -> Iterator[tuple[int, tuple[list[float], list[float]]]]:
-    """For each row the T log-probs of its response tokens and, if wanted, the T entropies they were drawn with.
+    loaded: _Loaded, rows: dict[int, _Row], *, with_entropy: bool = False, temperature: float | None = None
+) -> Iterator[tuple[int, tuple[list[float], list[float], np.ndarray | None]]]:
+    """For each row the T log-probs of its response tokens and, if wanted, the T entropies they were drawn with, and the
+    log-probs after `temperature` ([T] float32).
 
     The logits of position N-1 score token N: those of response token t stand at start + t - 1.
     """
@@ -810,7 +828,10 @@ def _token_logprobs(
             these = logits[r, start - 1 - skipped : n - 1 - skipped]  # [T, V]; one row at a time is raised to fp32
             logprobs = logprobs_from_logits(these, ids[r, start:n]).double().tolist()
             entropies = entropy_from_logits(these).double().tolist() if with_entropy else []
-            yield key, (logprobs, entropies)
+            heated = None
+            if temperature is not None:
+                heated = logprobs_from_logits(these, ids[r, start:n], temperature).float().cpu().numpy()
+            yield key, (logprobs, entropies, heated)
 
 
 def _wide(values: "Tensor") -> "Tensor":

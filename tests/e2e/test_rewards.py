@@ -103,3 +103,15 @@ def test_a_file_that_nobody_has_seen_is_paid_for_from_the_command_line(folder):
     assert state["train"]["multipliers"] == {"safe": pytest.approx(third)}
     assert len([name for name in run.pids() if name.startswith("reward-server")]) == 2
     assert (folder / "theirs.py.closed").exists()
+
+
+def test_the_reference_may_come_with_the_rewards(folder):
+    """The same KL as with a copy in the learner, step by step; the fluency component reads the same model."""
+    kl = {}
+    for kind in ("copy", "reward_server"):
+        options = ["--model.reference", kind, "--optim.lr", "1e-3", "--rollout.temperature", "0.9"]
+        options += ["--reward", "reward_server.library.models:Fluency=0.1", "--rewards.Fluency.options.model"]
+        run = Run(folder / "runs" / kind, *options, str(folder / "model"), config=folder / "config.yaml")
+        assert run.end(300) == 0, run.words()
+        kl[kind] = [row["objective/kl"] for row in run.rows()]
+    assert kl["reward_server"] == pytest.approx(kl["copy"], abs=1e-3) and abs(kl["copy"][1]) > 1e-3
