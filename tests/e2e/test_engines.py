@@ -90,8 +90,7 @@ def test_twenty_steps_end_at_the_same_parameters(tmp_path):
         "sgd": True,
         "settings": {"optim.lr": 0.01, "run.checks": False},
     }
-    (want,) = many.stored_batch(tmp_path, "cpu", "llama-tied", [alone(case)])
-    (start,) = many.stored_batch(tmp_path, "cpu", "llama-tied", [alone(case) | {"updates": 1}])
+    start, want = many.stored_batch(tmp_path, "cpu", "llama-tied", [alone(case) | {"updates": 1}, alone(case)])
     assert farthest(want["parameters"], start["parameters"]) > 1e-2
     for engine in ("ddp", "zero3"):
         (got,) = many.stored_batch(tmp_path, engine, "llama-tied", [case])
@@ -106,8 +105,9 @@ def train(task: Path, folder: Path, engine: str, *options: str) -> Run:  # noqa:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["cpu", "ddp", "zero1", "zero2", "zero3", "zero3_offload"])
-def test_every_file_trains(task, tmp_path, engine):  # noqa: F811
+@pytest.mark.parametrize("engine", ["zero1", "zero3_offload"])
+def test_the_other_files_train_too(task, tmp_path, engine):  # noqa: F811
+    """cpu, ddp and zero2 train in test_many_learners.py, zero3 below."""
     it = train(task, tmp_path / "r", engine, "--run.save_every", "100")
     assert it.end(240) == 0, it.words()
     rows = it.rows()

@@ -195,13 +195,15 @@ def test_launches_that_would_not_reduce_gradients_are_refused(task, tmp_path):
     file = (FILES / "ddp.yaml").read_text()
     launches = {
         "MULTI_CPU": (file.replace("MULTI_GPU", "MULTI_CPU") + "use_cpu: true\n", "asked for 2 learner processes"),
-        "FSDP": (file.replace("MULTI_GPU", "FSDP") + "fsdp_config: {fsdp_version: 2}\n", "FSDP: this version"),
+        "FSDP": (file.replace("MULTI_GPU", "FSDP") + "fsdp_config: {fsdp_version: 2}\n", "FSDP: on a CPU"),
         "steps": (
             (FILES / "zero2.yaml").read_text().replace("accumulation_steps: 1", "accumulation_steps: 4"),
             "gradient_accumulation_steps = 4",
         ),
-        "zero0": ((FILES / "zero2.yaml").read_text().replace("zero_stage: 2", "zero_stage: 0"), "zero_stage = 0"),
-        "zero3": ((FILES / "zero2.yaml").read_text().replace("zero_stage: 2", "zero_stage: 3"), "zero_stage = 3"),
+        "init": (
+            (FILES / "zero3.yaml").read_text().replace("zero3_init_flag: false", "zero3_init_flag: true"),
+            "zero3_init_flag = true",
+        ),
     }
     for name, (text, words) in launches.items():
         (tmp_path / f"{name}.yaml").write_text(text)
