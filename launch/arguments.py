@@ -114,7 +114,7 @@ def help_text() -> str:
         "  tokenppo train --accelerate zero2 --config configs/cards.yaml",
         "",
         "  --config FILE        YAML with the sections below; relative paths in it are relative to it",
-        "  --accelerate FILE    several learner processes: ddp, zero2, or an accelerate file of yours",
+        "  --accelerate FILE    several learner processes: ddp, zero1 to zero3, or an accelerate file of yours",
         "  --num-processes N    how many, where that is not what the accelerate file says",
         "  --reward FN=WEIGHT   a component named as its function, e.g. my.py:polite=0.5; may be given several times",
         "  --dry-run            print the plan (models, processes, batches, memory, files) and write nothing",
