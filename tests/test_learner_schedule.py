@@ -1,5 +1,6 @@
 """What an update does besides the loss of the responses: leaving the epochs early, texts mixed in, the schedule."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,8 @@ from torch.nn import functional as F
 
 import tiny_models
 from core.config import load
+from core.faults import UserError
+from launch import build
 from rollout.engines.transformers_engine import TransformersEngine
 from trainer.batch import TrainBatch
 from trainer.learner import Learner
@@ -90,3 +93,24 @@ def test_texts_are_mixed_in_with_their_mean_loss_per_token():
     for name, p in it.policy.lm.named_parameters():
         got = it._optimizer.optimizer.state[p]["exp_avg"] / (1 - it.cfg.optim.betas[0])
         torch.testing.assert_close(got, wanted[name], atol=1e-6, rtol=1e-4)
+
+
+def test_texts_come_from_the_column_text_with_eos_and_in_pieces_that_fit(tmp_path):
+    """A window of 3 + 2 tokens: seven ids and eos are two pieces; one token alone predicts nothing and is left out."""
+    folder = tiny_models.save_model(tmp_path / "m")
+    tokenizer = tiny_models.make_tokenizer()
+    file = tmp_path / "texts.jsonl"
+
+    def read(*rows: dict) -> list[list[int]]:
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        settings = {"model.path": str(folder), "data.ptx_path": str(file), "ppo.ptx_coef": 1.0}
+        sizes = {"data.max_prompt_tokens": 3, "rollout.max_new_tokens": 2}
+        return [x.tolist() for x in build.texts(load(None, tiny_models.LEARNER_SETTINGS | settings | sizes), tokenizer)]
+
+    ids = tokenizer.encode("zyxwvut")
+    assert len(ids) == 7
+    assert read({"text": "zyxwvut"}, {"text": ""}) == [ids[:5], [*ids[5:], tokenizer.eos_token_id]]
+    with pytest.raises(UserError, match="row 2 has no text in `text`"):
+        read({"text": "a"}, {"prompt": "b"})
+    with pytest.raises(UserError, match="no text of two tokens"):
+        read({"text": ""})
