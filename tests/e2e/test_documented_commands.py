@@ -52,6 +52,9 @@ RUN: dict[str, str | Callable[[str], str]] = {
     r"(python benchmarks/dense_vs_terminal\.py)(?: --quick)?": r"\1 --quick --updates 1 --batch 32 --arms dense",
     r"(python benchmarks/reward\.py)": r"\1 --only codec --rounds 1 --tokens 4096",
     r"(python benchmarks/mistakes\.py)": r"\1 --rows 2",
+    r"(python benchmarks/learner\.py) .*": (
+        r"\1 --device cpu --dtype float32 --sizes tiny --batch 4 --prompt 8 --response 16 --tokens 64 --rounds 1"
+    ),
     r"(python examples/cards/make\.py --no-train .*)": r"\1",
     r"(tokenppo check-reward .*)": r"\1",
     r"(python -m core\.metrics)": r"\1",
