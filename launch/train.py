@@ -54,7 +54,8 @@ def main(argv: list[str]) -> int:
         return 0
     except (Fault, KeyboardInterrupt, SystemExit) as error:
         _say(error)
-        if cluster.launched()[0] and getattr(error, "known_to_all", False):
+        # A mistake of the user's is met by every rank, also before they have joined: rank 0 may be slower to its words.
+        if cluster.launched()[0] and (getattr(error, "known_to_all", False) or isinstance(error, UserError)):
             cluster.outlast_rank_0()
         return exit_code_of(error)
 

@@ -117,7 +117,13 @@ def test_the_other_files_train_too(task, tmp_path, engine):  # noqa: F811
 
 
 @pytest.mark.slow
-def test_fsdp_is_refused_on_a_cpu(task, tmp_path):  # noqa: F811
+@pytest.mark.parametrize("late", ["0", "1"])
+def test_fsdp_is_refused_on_a_cpu(task, tmp_path, monkeypatch, late):  # noqa: F811
+    """In rank 0's words, whichever rank gets there first: the launcher ends all as soon as one has failed."""
+    (tmp_path / "sitecustomize.py").write_text(
+        f"import os, time\nif os.environ.get('RANK') == '{late}': time.sleep(4)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     refused = train(task, tmp_path / "r", "fsdp2", "--resources.device", "cpu")
     assert refused.end(60) == 2, refused.words()
     (said,) = [line for line in refused.words().splitlines() if line.startswith("tokenppo: ")]
