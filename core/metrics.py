@@ -105,6 +105,13 @@ _REWARD = (
         "near 0; near 1 or -1 it pays for length",
     ),
     Metric(
+        "reward/<component>/explained_variance",
+        "value/explained_variance of the value head of `<component>`, with model.value_heads: components.",
+        "1",
+        "tokens (both variances)",
+        "rises from 0 towards 1; near 0, its rewards cannot be foreseen or its head gets too little of vf_coef",
+    ),
+    Metric(
         "reward/<component>/weighted",
         "What `<component>` adds to reward/total: after normalisation, clip and weight. These sum up to reward/total.",
         "reward",
@@ -163,6 +170,13 @@ SECTIONS: dict[str, tuple[Metric, ...]] = {
             "nats",
             "tokens",
             "falls slowly; near 0 the policy has collapsed, a rise means it is falling apart",
+        ),
+        Metric(
+            "objective/kl_explained_variance",
+            "value/explained_variance of the value head of the KL penalty, with model.value_heads: components.",
+            "1",
+            "tokens (both variances)",
+            "rises from 0 towards 1 once there is a KL to foresee",
         ),
         Metric(
             "objective/kl_coef",

@@ -9,6 +9,7 @@ from pydantic_core import PydanticCustomError
 
 from core.metrics import RESERVED_COMPONENTS
 
+KL_HEAD = "ppo/kl"  # the value head of the KL penalty; no component can be called so
 DATA_FILES = (".jsonl", ".json", ".parquet")
 
 
@@ -39,8 +40,12 @@ class ModelConfig(Section):
     value: Literal["shared", "shared_detached", "lora", "separate"] = "shared"
     """Where the value function lives: a head on the policy's trunk; the same without its gradient in the trunk; an
     adapter of its own on a frozen trunk (with `lora_rank`); a trunk of its own, at first a copy of the policy's."""
+    value_heads: Literal["one", "components"] = "one"
+    """components: a value head for each reward component and one for the KL penalty, which learn the returns of their
+    own, without the weight. Their weighted sum is the baseline, so a weight may move and no value is wrong."""
     value_path: str | None = None
-    """Of `value: separate`: a model to start from, e.g. a reward model, whose score head becomes the value head."""
+    """Of `value: separate`: a model to start from, e.g. a reward model, whose score head becomes the value head (where
+    there is one head)."""
     reference: Literal["auto", "copy", "adapter", "offload", "reward_server"] = "auto"
     """Where reference log-probs come from: a frozen copy; the policy without its adapter (auto with `lora_rank`); a
     copy that waits in host memory between its uses; or the reward servers, which compute them beside the rewards."""
@@ -88,8 +93,11 @@ class DataConfig(Section):
     """How evenly: a value with n rows is drawn in proportion to n^(1 - balance): 1 all equally often, 0 as they are."""
     difficulty_column: str | None = None
     """A column of numbers, low for easy: the first epochs go from easy to hard."""
+    measure_difficulty: bool = False
+    """From the second epoch on, go from easy to hard by what the policy found: how much less total reward a prompt had
+    at its last visit than the other prompts of that step. `difficulty_column` orders the first epoch, or nothing."""
     curriculum_epochs: int = Field(1, ge=1)
-    """How many epochs `difficulty_column` orders: the first strictly, each later one more loosely."""
+    """How many epochs the column, or the measure, orders: the first of them strictly, each later one more loosely."""
     skip_solved: int | None = Field(None, ge=1)
     """Leave a prompt out of later epochs once all its samples got one and the same total reward in so many visits in
     a row: solved or hopeless, it teaches nothing. null: never. Wants `rollout.n_samples_per_prompt` > 1."""
@@ -136,10 +144,13 @@ class DataConfig(Section):
             refuse("eval_frac", self.eval_frac, f"data.eval_path = {self.eval_path} is given too; take one of the two")
         if self.balance_column is None and self.balance != 1:
             refuse("balance", self.balance, "does nothing without data.balance_column; name the column to balance")
-        if self.difficulty_column is None and self.curriculum_epochs != 1:
-            refuse("curriculum_epochs", self.curriculum_epochs, "does nothing without data.difficulty_column; name one")
-        if self.difficulty_column is not None and not self.shuffle:
-            refuse("shuffle", "false", "data.difficulty_column sets an order too; take one of the two away")
+        curriculum = self.difficulty_column is not None or self.measure_difficulty
+        if not curriculum and self.curriculum_epochs != 1:
+            remedy = "does nothing without data.difficulty_column or data.measure_difficulty; set one"
+            refuse("curriculum_epochs", self.curriculum_epochs, remedy)
+        if curriculum and not self.shuffle:
+            key = "data.measure_difficulty" if self.difficulty_column is None else "data.difficulty_column"
+            refuse("shuffle", "false", f"{key} sets an order too; take one of the two away")
         return self
 
 
@@ -407,6 +418,14 @@ class Config(Section):
         return self.rollout.batch_size // self.rollout.n_samples_per_prompt
 
     @property
+    def value_heads(self) -> list[str]:
+        """Names of the value heads of `model.value_heads: components`; none where one head learns the whole."""
+        if self.model.value_heads == "one":
+            return []
+        penalised = self.ppo.kl_coef > 0
+        return [*(name for name, spec in self.rewards.items() if spec.paid), *[KL_HEAD] * penalised]
+
+    @property
     def evaluation_means(self) -> list[str]:
         """What an evaluation gives, as summary.json names it (trainer/evaluate.py)."""
         of_components = [f"reward/{name}/raw" if spec.paid else name for name, spec in self.rewards.items()]
@@ -448,6 +467,9 @@ class Config(Section):
             refuse("model.reference", "adapter", "there is none without model.lora_rank; take copy")
         if model.value_path is not None and model.value != "separate":
             refuse("model.value_path", model.value_path, f"model.value is {model.value}; set it to separate")
+        if model.value_heads == "components" and not self.ppo.has_critic:
+            remedy = f"wants a critic, and ppo.estimator {self.ppo.estimator} has none: leave it out or use gae"
+            refuse("model.value_heads", "components", remedy)
         if self.ppo.compares_samples and n == 1:
             alone = "compares the samples of a prompt and there is one: set rollout.n_samples_per_prompt to 2 or more"
             refuse("ppo.estimator", self.ppo.estimator, f"{alone}, or use gae or reinforce_pp")
@@ -475,8 +497,9 @@ class Config(Section):
         if self.run.best_metric.removeprefix("-") not in self.evaluation_means:
             names = ", ".join(self.evaluation_means)
             refuse("run.best_metric", self.run.best_metric, f"is no mean of an evaluation; there are {names}")
-        if self.run.patience is not None and self.data.eval_path is None:
-            refuse("run.patience", self.run.patience, "counts evaluations and there are none: give data.eval_path")
+        if self.run.patience is not None and not self.data.has_held_out:
+            remedy = "counts evaluations and there are none: give data.eval_path or data.eval_frac"
+            refuse("run.patience", self.run.patience, remedy)
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", self.run.name):
             refuse("run.name", self.run.name, "must begin with a letter or digit and go on with those, '.', '_' or '-'")
         return self

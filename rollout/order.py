@@ -1,4 +1,5 @@
-"""Which row each prompt of the endless stream is: pure functions of (groups, seed, ordinal) and of the rows left out.
+"""Which row each prompt of the endless stream is: pure functions of (groups, seed, ordinal), of the rows left out, and
+of the difficulties that were measured before an epoch began.
 
 Rows fall into groups: one for each dataset of a mixture and each value of the balanced column, else one of all. Two
 steps lead from an ordinal to a row, and each can be computed by any process for any ordinal:
@@ -9,7 +10,8 @@ steps lead from an ordinal to a row, and each can be computed by any process for
    group has floor or ceil of BLOCK * share places in every block. A random order within the block follows.
 2. The row. The m-th draw of a group belongs to an epoch of that group, a permutation of its rows by (seed, epoch,
    group). In the first epochs a curriculum sorts by (1 - e/E) * rank/n + e/E * uniform; and rows that were left out are
-   missing from later epochs.
+   missing from later epochs. Measured difficulties sort E epochs from the second on, by what was known when the first
+   ordinal of the epoch was asked for: that is kept, so what comes to be known later moves nothing that was drawn.
 
 Legend: G groups, N rows, n rows of one group.
 """
@@ -62,7 +64,7 @@ def make_groups(
 
 
 class Order:
-    """Row of each ordinal. Its only state is `leaves`: the first epoch, of its group, that a row is left out of."""
+    """Row of each ordinal. Its state is `left_out`, and `measured` where difficulties are."""
 
     def __init__(
         self,
@@ -72,8 +74,9 @@ class Order:
         shuffle: bool,
         difficulty: Sequence[float] | None = None,
         curriculum_epochs: int = 1,
+        measures: bool = False,
     ) -> None:
-        """`difficulty`: [N], low for easy; None: no curriculum."""
+        """`difficulty`: [N], low for easy; None: no curriculum by it. `measures`: see data.measure_difficulty."""
         self.groups, self._seed, self._shuffle = groups, seed, shuffle
         n_rows = sum(len(group.rows) for group in groups)
         self._group_of = np.zeros(n_rows, dtype=np.int64)
@@ -81,7 +84,9 @@ class Order:
             self._group_of[group.rows] = g
         self._leaves = np.full(n_rows, STAYS)
         self._difficulty = None if difficulty is None else np.asarray(difficulty, dtype=np.float64)
-        self._curriculum_epochs = curriculum_epochs
+        self._curriculum_epochs, self.measures = curriculum_epochs, measures
+        self._measured = np.full(n_rows, np.nan)  # of the last visit of each row
+        self._known: dict[tuple[int, int], np.ndarray] = {}  # (group, epoch) -> of its rows, when that epoch began
         # Rounded, so that the last bit of a machine's power function decides nothing.
         self._cumulative = np.round(np.cumsum([group.share for group in groups]), 12)
         self._cumulative[-1] = 1.0
@@ -108,6 +113,25 @@ class Order:
             self._leaves[row] = epoch
         self._lengths.clear()
         self._epochs.clear()
+
+    @property
+    def measured(self) -> dict[str, list]:
+        """Plain values: difficulties by row, and those by which the epochs under way are ordered."""
+        rows = np.flatnonzero(~np.isnan(self._measured)).tolist()
+        known = [[*key, [None if np.isnan(x) else x for x in of.tolist()]] for key, of in sorted(self._known.items())]
+        return {"rows": [[row, float(self._measured[row])] for row in rows], "epochs": known}
+
+    @measured.setter
+    def measured(self, saved: dict[str, list]) -> None:
+        self._measured[:] = np.nan
+        for row, difficulty in saved["rows"]:
+            self._measured[row] = difficulty
+        self._known = {(g, e): np.array(of, dtype=np.float64) for g, e, of in saved["epochs"]}
+        self._epochs.clear()
+
+    def measure(self, row: int, difficulty: float) -> None:
+        """How hard a row was found at this visit; counts from the next epoch of its group that nobody has begun."""
+        self._measured[row] = difficulty
 
     def leave_out(self, rows: Iterable[int], position: int) -> None:
         """Leave rows out of all epochs of their groups that no ordinal below `position` has begun."""
@@ -194,14 +218,34 @@ class Order:
     def _rows_in_order(self, g: int, epoch: int) -> np.ndarray:
         """The rows of one epoch of a group. Where all are left out, all are back: there is nothing else to draw."""
         rows = self.groups[g].rows
-        stay = rows[self._leaves[rows] > epoch]
-        rows = stay if len(stay) else rows
+        stay = self._leaves[rows] > epoch
+        if not stay.any():
+            stay[:] = True
+        rows = rows[stay]
         if not self._shuffle:
             return rows
         rng = np.random.default_rng([self._seed, epoch, g])
-        if self._difficulty is None or epoch >= self._curriculum_epochs:
+        difficulty, ordered = self._difficulty_in(g, epoch), epoch
+        if self.measures and epoch:
+            ordered -= 1  # the first epoch that a measure orders is the second
+        if difficulty is None or ordered >= self._curriculum_epochs:
             return rng.permutation(rows)
-        noise, looseness = rng.random(len(rows)), epoch / self._curriculum_epochs
-        value = self._difficulty[rows]
+        noise, looseness = rng.random(len(rows)), ordered / self._curriculum_epochs
+        value = difficulty[stay]
         rank = np.searchsorted(np.sort(value), value) / len(rows)  # equally hard rows have one rank
         return rows[np.lexsort((noise, (1 - looseness) * rank + looseness * noise))]
+
+    def _difficulty_in(self, g: int, epoch: int) -> np.ndarray | None:
+        """[n] difficulty of each row of a group by which one of its epochs is ordered; None: there is none."""
+        rows = self.groups[g].rows
+        if not self.measures or epoch == 0:
+            return None if self._difficulty is None else self._difficulty[rows]
+        if (g, epoch) not in self._known:
+            later = [e for group, e in self._known if group == g and e > epoch]
+            assert not later, f"epoch {epoch} of group {g} is over: what was known when it began is kept no longer"
+            self._known[g, epoch] = self._measured[rows]
+            self._known.pop((g, epoch - 2), None)  # a step may lie in two epochs
+        known = self._known[g, epoch]
+        if np.isnan(known).all():
+            return None
+        return np.where(np.isnan(known), np.nanmedian(known), known)  # one that was never answered is in the middle

@@ -175,6 +175,7 @@ def training_order(rows: list[dict[str, Any]], places: list[Place], data: DataCo
         shuffle=data.shuffle,
         difficulty=difficulties_of(rows, places, data),
         curriculum_epochs=data.curriculum_epochs,
+        measures=data.measure_difficulty,
     )
 
 
@@ -238,8 +239,8 @@ def encode_prompt(prompt: Any, tokenizer: Any) -> list[int]:
 
 
 class PromptStream:
-    """An endless stream of samples to write. Its state is `position` (the next ordinal) and, with `skip_solved`, which
-    rows were left out, and how often in a row others gave no signal."""
+    """An endless stream of samples to write. Its state is `position` (the next ordinal); with `skip_solved` also which
+    rows were left out, and how often in a row others gave no signal; and how hard each row was found, if measured."""
 
     def __init__(
         self,
@@ -299,10 +300,13 @@ class PromptStream:
     @property
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps: plain values."""
-        if self._skip_solved is None:
-            return {"position": self.position}
-        left_out, flat = ([[k, v] for k, v in sorted(d.items())] for d in (self.order.left_out, self._flat_visits))
-        return {"position": self.position, "left_out": left_out, "flat_visits": flat}
+        state: dict[str, Any] = {"position": self.position}
+        if self._skip_solved is not None:
+            for name, rows in (("left_out", self.order.left_out), ("flat_visits", self._flat_visits)):
+                state[name] = [[k, v] for k, v in sorted(rows.items())]
+        if self.order.measures:
+            state["measured"] = self.order.measured
+        return state
 
     def restore(self, saved: dict[str, Any]) -> None:
         """Go on where `state` was read."""
@@ -310,6 +314,8 @@ class PromptStream:
         if self._skip_solved is not None:
             self.order.left_out = dict(saved["left_out"])
             self._flat_visits = dict(saved["flat_visits"])
+        if self.order.measures:
+            self.order.measured = saved["measured"]
 
     def visits(self, n_prompts: int) -> tuple[float, float]:
         """How often the rows are seen among so many prompts: those seen least, and those seen most."""
@@ -337,6 +343,11 @@ class PromptStream:
             samples.setdefault(ordinal, []).append(total)
         flat = {o: _is_flat(samples[o]) for o in sorted(samples) if len(samples[o]) > 1}
         means = {"data/epochs": self.position / len(self.rows)}
+        if self.order.measures and samples:
+            mean = {ordinal: math.fsum(of) / len(of) for ordinal, of in sorted(samples.items())}
+            usual = math.fsum(mean.values()) / len(mean)  # of this policy; early steps would seem hard without it
+            for ordinal, of_prompt in mean.items():
+                self.order.measure(self.order.row_at(ordinal), usual - of_prompt)
         if flat:
             means["data/no_signal_frac"] = sum(flat.values()) / len(flat)
         if self._skip_solved is not None:

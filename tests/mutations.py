@@ -51,6 +51,7 @@ PACKING, MODEL, HEAD = (
     ("tests/test_model.py::test_padding_changes_nothing",),
     ("tests/test_fused_head.py",),
 )
+VALUE_HEADS = ("tests/test_value_heads.py",)
 LEARN = ("tests/test_learn.py::test_a_token_for_each_position_is_learnt",)
 
 
@@ -67,6 +68,7 @@ BATCH_PY, PPO_PY, LOOP_PY = "trainer/batch.py", "trainer/ppo.py", "trainer/loop.
 COMBINE_PY, WEIGHTS_PY, RECEIVER_PY = "core/combine.py", "core/weights.py", "rollout/weight_receiver.py"
 LOGPROBS_PY, ENGINE_PY = "core/logprobs.py", "rollout/engines/transformers_engine.py"
 LEARNER_PY, MODEL_PY, OBJECTIVE_PY = "trainer/learner.py", "trainer/model.py", "trainer/objective.py"
+VALUE_HEADS_PY = "trainer/value_heads.py"
 PACKING_PY, HEAD_PY, EXPORT_PY = "trainer/packing.py", "trainer/fused_head.py", "trainer/engine_weights.py"
 
 MUTATIONS = [
@@ -166,7 +168,7 @@ MUTATIONS = [
     Mutation(
         "a cut response is never bootstrapped",
         LOOP_PY,
-        "bootstrap_values=batch.bootstrap_values * unit,",
+        "bootstrap_values=bootstrap,",
         "bootstrap_values=None,",
         ALIGN,
     ),
@@ -180,8 +182,8 @@ MUTATIONS = [
     Mutation(
         "GAE never sees the KL",
         LOOP_PY,
-        "        rewards,\n        batch.values * unit,",
-        "        batch.token_rewards,\n        batch.values * unit,",
+        "        rewards,\n        values,",
+        "        batch.token_rewards,\n        values,",
         IDENTITY,
     ),
     Mutation(
@@ -218,6 +220,41 @@ MUTATIONS = [
         "batch.fill(rewards=rewards, returns=returns, advantages=advantages)",
         "batch.fill(rewards=rewards, returns=advantages + batch.values, advantages=advantages)",
         ALIGN,
+    ),
+    Mutation(
+        "the heads of components are summed without their weights",
+        VALUE_HEADS_PY,
+        "sum(self.weights[name] * x for name, x in of.items())",
+        "sum(x for name, x in of.items())",
+        VALUE_HEADS,
+    ),
+    Mutation(
+        "the head of the KL penalty learns a bonus",
+        VALUE_HEADS_PY,
+        "kl_coef=1.0",
+        "kl_coef=-1.0",
+        VALUE_HEADS,
+    ),
+    Mutation(
+        "every head learns the returns of the first",
+        VALUE_HEADS_PY,
+        "        learnt[name] = returns",
+        "        learnt[name] = next(iter(learnt.values()), returns)",
+        VALUE_HEADS,
+    ),
+    Mutation(
+        "the units of all heads are one",
+        VALUE_HEADS_PY,
+        'return f"{estimators.RETURNS}/{name}"',
+        "return estimators.RETURNS",
+        VALUE_HEADS,
+    ),
+    Mutation(
+        "the value loss grows with the number of heads",
+        LEARNER_PY,
+        "normalizer=n_valid * n_heads,",
+        "normalizer=n_valid,",
+        VALUE_HEADS,
     ),
     # ------------------------------------------------ losses
     Mutation(

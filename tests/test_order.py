@@ -1,5 +1,6 @@
 """The order of prompts: shares of datasets and classes, curriculum, rows left out; known answers, then properties."""
 
+import json
 from collections import Counter
 
 import numpy as np
@@ -115,6 +116,45 @@ def test_a_curriculum_goes_from_easy_to_hard_and_ends():
     trend = [np.corrcoef(np.arange(50), [difficulty[row] for row in epoch])[0, 1] for epoch in epochs]
     assert trend[0] > 0.95 > trend[1] > trend[2] > 0.3 > abs(trend[3])
     assert epochs[3] == [plain.row_at(150 + i) for i in range(50)]
+
+
+def measured_order(n: int = 40, **options) -> Order:
+    return Order([Group(np.arange(n), 1.0)], seed=2, shuffle=True, measures=True, **options)
+
+
+def test_measured_difficulties_order_the_epochs_after_the_first():
+    """Row i is found i hard: random, then strictly by it, then more loosely, then random again."""
+    order, plain = measured_order(curriculum_epochs=2), Order.of_all(40, seed=2, shuffle=True)
+    assert [order.row_at(i) for i in range(40)] == [plain.row_at(i) for i in range(40)]
+    for row in range(40):
+        order.measure(row, float(row))
+    assert [order.row_at(i) for i in range(40, 80)] == list(range(40))
+    third = [order.row_at(i) for i in range(80, 120)]
+    assert 0.3 < np.corrcoef(np.arange(40), third)[0, 1] < 0.95
+    assert [order.row_at(i) for i in range(120, 160)] == [plain.row_at(i) for i in range(120, 160)]
+
+
+def test_what_is_found_in_an_epoch_counts_from_the_next_that_nobody_has_begun():
+    order = measured_order(curriculum_epochs=9)
+    for row in range(40):
+        order.measure(row, float(row))
+    begun = order.row_at(40)
+    for row in range(40):
+        order.measure(row, float(-row))
+    assert begun == 0 and [order.row_at(i) for i in range(40, 80)] == list(range(40))
+    loose = [order.row_at(i) for i in range(80, 120)]
+    assert np.corrcoef(np.arange(40), loose)[0, 1] < -0.5
+    again = measured_order(curriculum_epochs=9)
+    again.measured = json.loads(json.dumps(order.measured))
+    assert [again.row_at(i) for i in range(40, 120)] == [*range(40), *loose]  # also the one that is under way
+
+
+def test_a_column_orders_the_first_epoch_and_a_row_nobody_answered_lies_in_the_middle():
+    order = measured_order(n=5, difficulty=[4.0, 3.0, 2.0, 1.0, 0.0], curriculum_epochs=1)
+    assert [order.row_at(i) for i in range(5)] == [4, 3, 2, 1, 0]
+    for row, difficulty in ((0, 2.0), (1, -1.0), (3, 1.0), (4, -2.0)):
+        order.measure(row, difficulty)
+    assert [order.row_at(i) for i in range(5, 10)] == [4, 1, 2, 3, 0]
 
 
 def test_a_row_left_out_is_missing_from_the_epochs_that_had_not_begun():

@@ -323,6 +323,21 @@ def test_a_checkpoint_holds_all_that_the_next_prompts_depend_on(folder, tokenize
         assert play(other, range(stop, 12)) == whole[stop:]
 
 
+def test_a_prompt_is_as_hard_as_it_was_beside_those_of_its_step(folder, tokenizer):
+    """Two steps of two rows in each epoch. All rewards rise by 100 in between, as with a policy that learns: what
+    decides is the difference within a step, so the worse row of each comes after both better ones."""
+    stream = streams(folder, tokenizer, numbered(4), path="p.jsonl", measure_difficulty=True)[0]
+    first = [r.columns["n"] for r in stream.take(2, 2)][::2]
+    stream.observe([(0, 1.0), (0, 3.0), (1, 1.5), (1, 1.5)])  # means 2 and 1.5
+    second = [r.columns["n"] for r in stream.take(2, 2)][::2]
+    stream.observe([(2, 101.0), (2, 101.0), (3, 105.0), (3, 107.0)])  # means 101 and 106
+    want = [second[1], first[0], first[1], second[0]]  # -2.5, -0.25, 0.25, 2.5
+    other = streams(folder, tokenizer, numbered(4), path="p.jsonl", measure_difficulty=True)[0]
+    other.restore(json.loads(json.dumps(stream.state)))
+    for it in (stream, other):
+        assert [r.columns["n"] for r in it.take(4)] == want
+
+
 def test_skipping_wants_several_samples(folder):
     with pytest.raises(UserError, match="data.skip_solved = 1: one sample has no variance"):
         config.load(None, {"model.path": "g", "rewards.a.fn": "r.py:f", "data.path": "p.jsonl", "data.skip_solved": 1})

@@ -34,11 +34,17 @@ class TrainBatch:
     policy_version: Tensor  # [B, T] int64
     component_rewards: dict[str, Tensor]  # name -> [B, T] float64, raw
     component_mask: dict[str, Tensor]  # name -> [B, T] bool
+    normalized_rewards: dict[str, Tensor] | None = None  # name -> [B, T] core/combine, in the loop
     token_rewards: Tensor | None = None  # [B, T] core/combine, in the loop
     old_logprobs: Tensor | None = None  # [B, T] trainer/learner.annotate
     ref_logprobs: Tensor | None = None  # [B, T] trainer/learner.annotate, or came with the rewards
-    values: Tensor | None = None  # [B, T] trainer/learner.annotate
-    bootstrap_values: Tensor | None = None  # [B] trainer/learner.annotate: V of the state after the last token, if cut
+    # Values, and for responses that were cut V of the state after the last token: of trainer/learner.annotate, where
+    # there is one head; else the weighted sum of what each head says, made in the loop.
+    values: Tensor | None = None  # [B, T]
+    bootstrap_values: Tensor | None = None  # [B]
+    head_values: dict[str, Tensor] | None = None  # name -> [B, T] trainer/learner.annotate
+    head_bootstraps: dict[str, Tensor] | None = None  # name -> [B] trainer/learner.annotate
+    head_returns: dict[str, Tensor] | None = None  # name -> [B, T] trainer/value_heads
     rewards: Tensor | None = None  # [B, T] trainer/ppo, after KL
     advantages: Tensor | None = None  # [B, T] trainer/ppo
     returns: Tensor | None = None  # [B, T] trainer/ppo
@@ -124,7 +130,7 @@ class TrainBatch:
             if name == "input_ids":
                 return x[at, p - new_p : p + new_t]
             if isinstance(x, dict):
-                return {key: value[at, :new_t] for key, value in x.items()}
+                return {key: pick("", value) for key, value in x.items()}
             if isinstance(x, Tensor):
                 return x[at, :new_t] if x.ndim == 2 else x[at]
             return x

@@ -189,14 +189,14 @@ def scale_rewards(
     return token_rewards / scale, scale
 
 
-def value_scale(running: dict[str, RunningMoments]) -> float:
+def value_scale(running: dict[str, RunningMoments], key: str = RETURNS) -> float:
     """sigma: the critic predicts returns / sigma. The root mean square of all returns so far; 1 before the first.
 
     About 0, not about their mean: the error of a critic that starts at 0 is the return itself, and dividing by a
     deviation would leave returns that are all near -100 as large as they are. So the value loss begins at 1/2 for any
     size of the rewards, and as much of the gradient in a trunk that critic and policy share (see docs/benchmarks.md).
     """
-    seen = running.get(RETURNS)
+    seen = running.get(key)
     mean_square = seen.mean**2 + seen.squares / seen.count if seen is not None and seen.count else 0.0
     return mean_square**0.5 or 1.0
 
@@ -206,6 +206,7 @@ def scale_returns(
     response_mask: Tensor,
     running: dict[str, RunningMoments],
     *,
+    key: str = RETURNS,
     all_reduce: AllReduce | None = None,
 ) -> tuple[Tensor, float]:
     """Returns / sigma, what the critic shall learn, with the returns of this batch among the moments; and that sigma.
@@ -215,9 +216,9 @@ def scale_returns(
     whatever sigma did, and the critic follows a sigma that moves less and less, as 1 / batches. `cliprange_value` and
     `loss/value` are then in units of sigma; the explained variance has none.
 
-    `running[RETURNS]` is updated in place and saved with checkpoints. Every rank must call.
+    `running[key]` is updated in place and saved with checkpoints. Every rank must call.
     """
-    seen = running.setdefault(RETURNS, RunningMoments())
+    seen = running.setdefault(key, RunningMoments())
     seen.merge(*(float(x) for x in ppo.moments(returns, response_mask, all_reduce=all_reduce)))
-    sigma = value_scale(running)
+    sigma = value_scale(running, key)
     return returns / sigma, sigma

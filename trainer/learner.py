@@ -83,7 +83,8 @@ class Learner:
         self._limits = TOLERANCES[cfg.model.dtype]
         trunk, head = critic or (None, None)
         # eval for good: dropout would move the ratios off 1
-        self.policy = PolicyWithValueHead(lm, cfg.model, critic=trunk, head=head).eval()
+        n_heads = len(cfg.value_heads)
+        self.policy = PolicyWithValueHead(lm, cfg.model, critic=trunk, head=head, n_heads=n_heads).eval()
         self._sharded = accelerator.distributed_type == DistributedType.DEEPSPEED
         if self._sharded:
             accelerator.state.deepspeed_plugin.deepspeed_config.update(
@@ -153,13 +154,17 @@ class Learner:
     def annotate(self, batch: TrainBatch) -> tuple[TrainBatch, dict[str, float]]:
         """Fill old_logprobs, ref_logprobs, values and bootstrap_values ([B, T], [B, T], [B, T], [B]).
 
+        Of several value heads, head_values and head_bootstraps: what they say together depends on weights of the step.
+
         Returns the batch and sums over valid tokens as means: objective/kl (nats per response), objective/entropy,
         logprob_diff/{mean,max}. Raises InvariantFault (with `run.checks`) if workers and learner disagree on the
         log-probs, or policy and reference before the first update.
         """
         mask, dtype = batch.response_mask, self.policy.value_head.weight.dtype
-        old, ref, values, entropy = (torch.zeros(mask.shape, dtype=dtype) for _ in range(4))
-        after = torch.zeros(len(batch), dtype=dtype)
+        heads = self.cfg.value_heads
+        old, ref, entropy = (torch.zeros(mask.shape, dtype=dtype) for _ in range(3))
+        values = torch.zeros(*mask.shape, max(1, len(heads)), dtype=dtype)
+        after = torch.zeros(len(batch), max(1, len(heads)), dtype=dtype)
         with nullcontext() if self._ref is None else self._ref.on(self.device):
             for rows, micro, inputs in self._equal_pieces(batch):
                 of_tokens, of_states, of_entropy, _ = self._engine(inputs, self.cfg.rollout.temperature)
@@ -170,11 +175,19 @@ class Learner:
                 at = torch.from_numpy(rows)[row], column
                 m = len(row)
                 old[at], ref[at] = of_tokens.to("cpu", dtype), of_ref.to("cpu", dtype)
+                of_states = of_states.view(-1, values.shape[-1])  # one head or several
                 values[at], entropy[at] = of_states[:m].to("cpu", dtype), of_entropy.to("cpu", dtype)
                 after[torch.from_numpy(rows)] = of_states[m:].to("cpu", dtype)
-        bootstrap = torch.where(batch.cut, after, 0.0) if self.cfg.ppo.bootstrap_cut else torch.zeros_like(after)
-        given = {} if batch.ref_logprobs is not None else {"ref_logprobs": ref}
-        filled = batch.fill(old_logprobs=old, values=values, bootstrap_values=bootstrap, **given)
+        bootstrapped = (
+            batch.cut[:, None] if self.cfg.ppo.bootstrap_cut else torch.zeros(len(batch), 1, dtype=torch.bool)
+        )
+        after = torch.where(bootstrapped, after, 0.0)
+        filled = batch.fill(old_logprobs=old, **({} if batch.ref_logprobs is not None else {"ref_logprobs": ref}))
+        if heads:
+            of_head = dict(zip(heads, values.unbind(-1), strict=True))
+            filled = filled.fill(head_values=of_head, head_bootstraps=dict(zip(heads, after.unbind(-1), strict=True)))
+        else:
+            filled = filled.fill(values=values.squeeze(-1), bootstrap_values=after.squeeze(-1))
         return filled, self._compare(filled, entropy)
 
     def _reference_of(self, micro: TrainBatch, inputs: Inputs) -> Tensor:
@@ -385,13 +398,19 @@ class Learner:
             with_entropy=cfg.entropy_coef > 0,
             value_only=warming,
         )
+        known_values, returns, valid, n_heads = micro.values, micro.returns, every, 1
+        if heads := self.cfg.value_heads:  # their mean, so that vf_coef means the same for any number of them
+            n_heads, valid = len(heads), every[:, None].expand(-1, len(heads))
+            known_values, returns = (
+                torch.stack([of[name] for name in heads], dim=-1) for of in (micro.head_values, micro.head_returns)
+            )
         vf_loss, vf_stats = ppo.value_loss(
             values[: len(every)],
-            flat(micro.values),
-            flat(micro.returns),
-            every,
+            flat(known_values),
+            flat(returns),
+            valid,
             cliprange_value=cfg.cliprange_value,
-            normalizer=n_valid,
+            normalizer=n_valid * n_heads,
         )
         # Without a critic times 0, not left out: DDP wants a gradient for every parameter.
         loss = pg_loss + (cfg.vf_coef if cfg.has_critic else 0.0) * vf_loss

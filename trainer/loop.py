@@ -22,7 +22,7 @@ from core.metrics import Sums
 from core.schema import Config
 from core.trajectory import PromptRequest, Trajectory
 from core.weights import Probe
-from trainer import estimators, ppo
+from trainer import estimators, ppo, value_heads
 from trainer.batch import TrainBatch
 from trainer.evaluate import evaluation_sums
 from trainer.learner import Learner
@@ -145,9 +145,10 @@ def train(
         credit_means: dict[str, float] = {}
         batch = credit(
             cfg,
-            batch.fill(token_rewards=combined.token_rewards),
+            batch.fill(token_rewards=combined.token_rewards, normalized_rewards=combined.normalized),
             state.kl.coef,
             ranks.sum,
+            weights=weights,
             gather=ranks.gather,
             running=state.running,
             report=credit_means,
@@ -185,14 +186,16 @@ def credit(
     kl_coef: float,
     all_reduce: Callable[[Tensor], Tensor],
     *,
+    weights: dict[str, float] | None = None,
     gather: Callable[[Any], list[Any]] | None = None,
     running: dict[str, RunningMoments] | None = None,
     report: dict[str, float] | None = None,
 ) -> TrainBatch:
     """Token rewards -> rewards, advantages, returns (DESIGN.md section 7, in its order).
 
-    `gather`: as `Ranks.gather`; None for one process. `running`: of TrainState, updated in place. `report`: is given
-    the means of this step under names of core/metrics.py, the same on every rank.
+    `weights`: of the components in this step, where they have value heads of their own. `gather`: as `Ranks.gather`;
+    None for one process. `running`: of TrainState, updated in place. `report`: is given the means of this step under
+    names of core/metrics.py, the same on every rank.
     """
     p, mask = cfg.ppo, batch.response_mask
     running, report = {} if running is None else running, {} if report is None else report
@@ -200,13 +203,30 @@ def credit(
         batch.token_rewards, mask, p.scale_rewards, all_reduce=all_reduce
     )
     rewards = ppo.shape_rewards(token_rewards, batch.old_logprobs, batch.ref_logprobs, mask, kl_coef=kl_coef)
-    unit = estimators.value_scale(running)  # of what the critic predicts: 1 unless `scale_values`
+    heads: value_heads.Heads | None = None
+    if batch.head_values is None:
+        unit = estimators.value_scale(running)  # of what the critic predicts: 1 unless `scale_values`
+        values, bootstrap = batch.values * unit, batch.bootstrap_values * unit
+    else:
+        heads = value_heads.heads_of(
+            batch.head_values,
+            batch.head_bootstraps,
+            batch.normalized_rewards,
+            batch.old_logprobs,
+            batch.ref_logprobs,
+            mask,
+            weights={name: weight / reward_scale for name, weight in weights.items()},
+            kl_coef=kl_coef,
+            running=running,
+        )
+        values, bootstrap = heads.baseline()
+        batch = batch.fill(values=values, bootstrap_values=bootstrap)
     estimate = estimators.estimate(
         p,
         rewards,
-        batch.values * unit,
+        values,
         mask,
-        bootstrap_values=batch.bootstrap_values * unit,
+        bootstrap_values=bootstrap,
         groups=torch.from_numpy(batch.order[:, 0]),
         all_reduce=all_reduce,
         gather=gather,
@@ -217,9 +237,11 @@ def credit(
     if p.scale_rewards != "none":
         report["credit/reward_scale"] = reward_scale
     if p.scale_values != "none":
-        report["value/explained_variance"] = ppo.explained_variance(
-            batch.values * unit, returns, mask, all_reduce=all_reduce
-        )
+        report["value/explained_variance"] = ppo.explained_variance(values, returns, mask, all_reduce=all_reduce)
+    if heads is not None:
+        learnt = value_heads.returns_of(p, heads, mask, running, report, all_reduce=all_reduce)
+        batch = batch.fill(head_returns=learnt)
+    elif p.scale_values != "none":
         returns, report["value/scale"] = estimators.scale_returns(returns, mask, running, all_reduce=all_reduce)
     if p.compares_samples:
         report["credit/lone_frac"] = estimate.lone_frac

@@ -242,16 +242,24 @@ class PolicyWithValueHead(nn.Module):
     lora              states of the same frozen trunk under an adapter of its own
     separate          states of a trunk of its own
 
-    The head starts at zero, so the first advantages are those of the rewards alone. It is kept in float32.
+    The head starts at zero, so the first advantages are those of the rewards alone. It is kept in float32. There may be
+    several (trainer/value_heads.py): one layer with an output for each.
     """
 
     def __init__(
-        self, lm: PreTrainedModel, config: ModelConfig, *, critic: nn.Module | None = None, head: Tensor | None = None
+        self,
+        lm: PreTrainedModel,
+        config: ModelConfig,
+        *,
+        critic: nn.Module | None = None,
+        head: Tensor | None = None,
+        n_heads: int = 0,
     ) -> None:
         """
         Args:
             critic: the trunk of `separate`; a copy of the policy's if None.
             head: [1, H] what the value head starts from (of a reward model); zeros if None.
+            n_heads: of `model.value_heads: components`; 0: one head for the whole reward, and values without that axis.
         """
         super().__init__()
         self.config, self.value = config, config.value
@@ -267,7 +275,8 @@ class PolicyWithValueHead(nn.Module):
             names = ["policy"] + ["critic"] * (config.value == "lora")
             adapters.inject(lm, names, config)
         width = self.critic.config.hidden_size if config.value == "separate" else self.reader.head.weight.shape[1]
-        self.value_head = nn.Linear(width, 1, dtype=wide, device=lm.device)
+        self._n_heads = n_heads
+        self.value_head = nn.Linear(width, max(1, n_heads), dtype=wide, device=lm.device)
         nn.init.zeros_(self.value_head.bias)
         if head is None:
             nn.init.zeros_(self.value_head.weight)
@@ -301,8 +310,8 @@ class PolicyWithValueHead(nn.Module):
         """Without `token_loss` (no gradient): log-probs [M], values [M + S], entropies [M], {}.
 
         With it: the loss of all tokens, values [M + S], None, and the sums that `token_loss` keeps. Of the values the
-        last S are of the states behind each response. `value_only` keeps the value's gradient from a shared trunk.
-        `base`: only log-probs and entropies, of the model without its adapter.
+        last S are of the states behind each response; with several heads they are [M + S, K]. `value_only` keeps the
+        value's gradient from a shared trunk. `base`: only log-probs and entropies, of the model without its adapter.
         """
         if base:
             with adapters.active(self.lm, None):
@@ -343,7 +352,8 @@ class PolicyWithValueHead(nn.Module):
             states, after = states.detach(), after.detach()
         both = torch.cat([states, after]).to(self.value_head.weight.dtype)
         with torch.autocast(both.device.type, enabled=False):
-            return self.value_head(both).squeeze(-1)  # no temperature here
+            values = self.value_head(both)  # no temperature here
+            return values if self._n_heads else values.squeeze(-1)
 
     def value_parameters(self) -> list[nn.Parameter]:
         """Those that only the value loss trains, as far as they are apart."""

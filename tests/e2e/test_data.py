@@ -45,6 +45,7 @@ data:
   balance_column: kind
   difficulty_column: level
   curriculum_epochs: 2
+  measure_difficulty: true
   skip_solved: 1
   augment: augment.py:fn
   eval_frac: 0.2

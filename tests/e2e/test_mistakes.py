@@ -174,7 +174,11 @@ MISTAKES: dict[str, tuple[list[str], dict[str, str], list[str]]] = {
         {},
         ["data.shuffle = false", "data.difficulty_column"],
     ),
-    "curriculum of nothing": (["--data.curriculum_epochs", "3"], {}, ["data.curriculum_epochs", "difficulty_column"]),
+    "curriculum of nothing": (
+        ["--data.curriculum_epochs", "3"],
+        {},
+        ["data.curriculum_epochs", "difficulty_column", "measure_difficulty"],
+    ),
     "one sample to skip by": (
         ["--data.skip_solved", "2"],
         {},
