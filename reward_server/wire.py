@@ -152,6 +152,7 @@ def decode_request(
         tokens += len(sample["completion_ids"]) + len(sample["prompt_ids"])
     if tokens > limits.tokens:
         raise WireError(f"samples: {tokens} tokens, at most {limits.tokens} in one request")
+    _check_tokens(samples)
     names_of_columns = dict.fromkeys(name for sample in samples for name in sample["columns"])
     request = ScoreRequest(
         prompts=[sample["prompt"] for sample in samples],
@@ -184,12 +185,15 @@ def _samples_from_arrow(body: bytes, limits: Limits) -> tuple[list[dict[str, Any
     table, metadata = _read(body, _REQUEST, lambda reason: WireError(reason, 400), limits)
     wanted = strict_json(metadata[b"components"], limits.depth) if b"components" in metadata else None
     ids, prompt_ids = _split(table["completion_ids"]), _split(table["prompt_ids"])
-    starts, stops = _split(table["starts"]), _split(table["stops"])
+    (starts, ends), (stops, stop_ends) = _flat(table["starts"]), _flat(table["stops"])
+    if not np.array_equal(ends, stop_ends):
+        i = int((np.diff(ends, prepend=0) != np.diff(stop_ends, prepend=0)).argmax())
+        n_starts, n_stops = (np.diff(x, prepend=0)[i] for x in (ends, stop_ends))
+        raise WireError(f"sample {table['uid'][i]}: {n_starts} starts and {n_stops} stops")
+    offsets = _cut(np.stack([starts, stops], axis=1, dtype=np.int64), ends)
     plain = {name: table[name].to_pylist() for name in ("uid", "prompt", "completion", "finish_reason", "columns")}
     samples = []
     for i, uid in enumerate(plain["uid"]):
-        if len(starts[i]) != len(stops[i]):
-            raise WireError(f"sample {uid}: {len(starts[i])} starts and {len(stops[i])} stops")
         samples.append(
             {
                 "uid": uid,
@@ -197,7 +201,7 @@ def _samples_from_arrow(body: bytes, limits: Limits) -> tuple[list[dict[str, Any
                 "prompt_ids": prompt_ids[i],
                 "completion": strict_json(plain["completion"][i].encode(), limits.depth),
                 "completion_ids": ids[i],
-                "offsets": np.column_stack([starts[i], stops[i]]).astype(np.int64),
+                "offsets": offsets[i],
                 "finish_reason": plain["finish_reason"][i],
                 "columns": strict_json(plain["columns"][i].encode(), limits.depth),
             }
@@ -221,20 +225,42 @@ def _check_sample(sample: dict[str, Any]) -> None:
     if taken:
         raise WireError(f"{here}: columns: {sorted(taken)[0]} is what every component gets already")
     ids, offsets = sample["completion_ids"], sample["offsets"]
-    for name in ("prompt_ids", "completion_ids"):
-        if len(sample[name]) and not 0 <= int(sample[name].min()) <= int(sample[name].max()) <= MAX_ID:
-            raise WireError(f"{here}: {name}: ids are from 0 to {MAX_ID}")
     if not len(ids):
         raise WireError(f"{here}: completion_ids: there is none, so there is nothing to reward")
     if len(offsets) != len(ids):
         raise WireError(f"{here}: {len(offsets)} offsets for {len(ids)} completion_ids")
-    length = len(text_of(sample["completion"]))
+
+
+def _check_tokens(samples: list[dict[str, Any]]) -> None:
+    """What is said of every token, of all samples at once: a few operations for each sample would be most of the time
+    that a request takes."""
+    for name in ("prompt_ids", "completion_ids"):
+        ids = np.concatenate([sample[name] for sample in samples])
+        wrong = np.flatnonzero((ids < 0) | (ids > MAX_ID))
+        if len(wrong):
+            uid = _owner(samples, name, wrong[0])["uid"]
+            raise WireError(f"sample {uid}: {name}: ids are from 0 to {MAX_ID}")
+    offsets = np.concatenate([sample["offsets"] for sample in samples])
     starts, stops = offsets[:, 0], offsets[:, 1]
-    if (starts < 0).any() or (stops < starts).any() or (np.diff(starts) < 0).any() or int(stops.max()) != length:
+    first = np.cumsum([0, *(len(sample["offsets"]) for sample in samples[:-1])])
+    lengths = np.array([len(text_of(sample["completion"])) for sample in samples])
+    wrong = (starts < 0) | (stops < starts)
+    descends = starts[1:] < starts[:-1]
+    descends[first[1:] - 1] = False  # from the last token of a sample to the first of the next
+    wrong[1:] |= descends
+    of_sample = np.logical_or.reduceat(wrong, first) | (np.maximum.reduceat(stops, first) != lengths)
+    if of_sample.any():
+        i = int(of_sample.argmax())
         raise WireError(
-            f"{here}: offsets: wants 0 <= start <= end, starts in ascending order, and the largest end to be the"
-            f" {length} characters of the completion"
+            f"sample {samples[i]['uid']}: offsets: wants 0 <= start <= end, starts in ascending order, and the largest"
+            f" end to be the {lengths[i]} characters of the completion"
         )
+
+
+def _owner(samples: list[dict[str, Any]], name: str, at: int) -> dict[str, Any]:
+    """The sample that token `at` of all of them, one behind the other, belongs to."""
+    ends = np.cumsum([len(sample[name]) for sample in samples])
+    return samples[int(np.searchsorted(ends, at, side="right"))]
 
 
 def _check_text(value: Any, here: str) -> None:
@@ -315,15 +341,15 @@ def decode_answer(
             refuse(f"{here}is about other token ids (ids_hash {str(hashes[i])[:32]!r})")
         for name in components:
             entry = entries[name][i]
-            if not isinstance(entry, np.ndarray):
-                continue
-            if len(entry) != len(ids):
+            if isinstance(entry, np.ndarray) and len(entry) != len(ids):
                 refuse(f"{here}{name} has {len(entry)} rewards for {len(ids)} tokens")
-            if not (np.abs(entry) <= LARGEST).all():
-                wrong_at = np.flatnonzero(~(np.abs(entry) <= LARGEST))
-                refuse(
-                    f"{here}{name} has {float(entry[wrong_at[0]])!r} for token {wrong_at[0]}; at most {LARGEST:g} fits"
-                )
+    for name in components:
+        rows = [(uid, x) for uid, x in zip(request.uids, entries[name], strict=True) if isinstance(x, np.ndarray)]
+        if (np.abs(np.concatenate([np.zeros(0), *(row for _, row in rows)])) <= LARGEST).all():
+            continue
+        for uid, row in rows:
+            for at in np.flatnonzero(~(np.abs(row) <= LARGEST)):
+                refuse(f"sample {uid}: {name} has {float(row[at])!r} for token {at}; at most {LARGEST:g} fits")
     return entries
 
 
@@ -423,7 +449,8 @@ def strict_json(body: bytes, depth: int) -> Any:
 
     try:
         text = body.decode("utf-8")
-        if text[:1] != '"' and _deepest(_STRINGS.sub("", text)) > depth:
+        deep = text[:1] != '"' and text.count("[") + text.count("{") > depth  # it might be
+        if deep and _deepest(_STRINGS.sub("", text)) > depth:
             raise WireError(f"JSON: nested deeper than {depth}", 400)
         tree = json.loads(text, parse_constant=refuse_constant, object_pairs_hook=pairs)
         if "\\u" in text:
@@ -543,6 +570,14 @@ def _read(
 
 def _split(lists: pa.LargeListArray) -> list[np.ndarray]:
     """The B lists as views of one buffer."""
-    flat = lists.values.to_numpy(zero_copy_only=True)
-    bounds = lists.offsets.to_numpy()
-    return [flat[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+    return _cut(*_flat(lists))
+
+
+def _flat(lists: pa.LargeListArray) -> tuple[np.ndarray, np.ndarray]:
+    """B lists one behind the other, and where each ends, [B]. The offsets may begin anywhere in a longer buffer."""
+    bounds = lists.offsets.to_numpy() if len(lists) else np.zeros(1, dtype=np.int64)
+    return lists.values.to_numpy(zero_copy_only=True)[bounds[0] : bounds[-1]], bounds[1:] - bounds[0]
+
+
+def _cut(flat: np.ndarray, ends: np.ndarray) -> list[np.ndarray]:
+    return [flat[a:b] for a, b in zip([0, *ends[:-1]], ends, strict=True)]

@@ -244,6 +244,66 @@ def test_garbage_in_arrow_is_refused_by_name(name):
         decode_request(make(), ARROW, ["a"], Limits(body_bytes=1_000_000))
 
 
+@BOTH
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"completion_ids": [[19, 13, 0], [5, -6, 6]]}, "sample u1: completion_ids: ids are from 0"),
+        ({"prompt_ids": [[], [-1]]}, "sample u1: prompt_ids: ids are from 0"),
+        ({"offsets": [[[0, 1], [1, 2], [2, 2]], [[2, 4], [0, 2], [2, 4]]]}, "sample u1: offsets: .* 4 characters"),
+        ({"offsets": [[[0, 1], [1, 2], [2, 2]], [[0, 3], [2, 1], [2, 4]]]}, "sample u1: offsets"),
+        ({"offsets": [[[0, 1], [1, 2], [2, 2]], [[0, 1], [1, 2], [2, 2]]]}, "sample u1: offsets"),
+        ({"offsets": [[[0, 1], [1, 1], [1, 1]], [[0, 2], [2, 4], [2, 4]]]}, "sample u0: offsets: .* 2 characters"),
+    ],
+)
+def test_a_fault_of_a_token_is_that_of_its_sample(kind, changes, says):
+    """Tokens of all samples are looked at together; that the second begins below the first's end is no fault."""
+    arrays = {name: [np.array(x, dtype=np.int64) for x in of] for name, of in changes.items()}
+    with pytest.raises(WireError, match=says):
+        decode_request(encode_request(request(**arrays), ["a"], kind), kind, ["a"])
+
+
+@settings(deadline=None, max_examples=200)
+@given(data=st.data())
+def test_offsets_are_judged_as_one_by_one(data):
+    """Against the rule written out for one sample after another."""
+    pair = st.tuples(st.integers(-1, 4), st.integers(-1, 4))
+    rows = data.draw(st.lists(st.lists(pair, min_size=1, max_size=4), min_size=1, max_size=4))
+    texts = ["x" * max(0, max(e for _, e in row) + data.draw(st.sampled_from([0, 0, 0, 1]))) for row in rows]
+
+    def fine(row: list, text: str) -> bool:
+        rises = all(a[0] <= b[0] for a, b in zip(row, row[1:], strict=False))
+        return rises and all(0 <= s <= e for s, e in row) and max(e for _, e in row) == len(text)
+
+    n = len(rows)
+    batch = ScoreRequest(
+        prompts=["p"] * n,
+        completions=texts,
+        prompt_ids=[[1]] * n,
+        completion_ids=[[1] * len(row) for row in rows],
+        offsets=[np.array(row) for row in rows],
+        finish_reasons=["stop"] * n,
+        uids=[f"u{i}" for i in range(n)],
+        columns={},
+    )
+    wrong = [f"u{i}" for i, (row, text) in enumerate(zip(rows, texts, strict=True)) if not fine(row, text)]
+    try:
+        decode_request(encode_request(batch, ["a"], ARROW), ARROW, ["a"])
+    except WireError as error:
+        assert wrong and str(error).startswith(f"sample {wrong[0]}: offsets")
+    else:
+        assert not wrong
+
+
+def test_lists_may_begin_within_their_buffer():
+    def later(rows: list) -> pa.Array:
+        flat = pa.array([7, *(x for row in rows for x in row), 7], pa.int32())
+        return pa.LargeListArray.from_arrays(pa.array(np.cumsum([1, *map(len, rows)])), flat)
+
+    moved = arrow(starts=later([[0, 1, 2], [0, 2, 2]]), completion_ids=later([[19, 13, 0], [5, 6, 6]]))
+    same(decode_request(moved, ARROW, ["a"])[0], request())
+
+
 # ------------------------------------------------------------------------------------------------- garbage in an answer
 
 FINE = [(np.array([0.5, -1.0, 2.0]), np.ones(3, dtype=bool)), (np.array([0.0, 0.0, 1.0]), np.ones(3, dtype=bool))]
