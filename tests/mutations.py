@@ -439,7 +439,7 @@ OF_THE_LEARNER = [
     Mutation(
         "a mean of the means of micro-batches, value",
         LEARNER_PY,
-        "            normalizer=n_valid,\n",
+        "            normalizer=n_valid * n_heads,\n",
         "",
         INVARIANCE,
     ),
@@ -488,8 +488,8 @@ OF_THE_LEARNER = [
     Mutation(
         "a response that stopped is bootstrapped too",
         LEARNER_PY,
-        "torch.where(batch.cut, after, 0.0) if",
-        "after if",
+        "torch.where(bootstrapped[:, None], after, 0.0)",
+        "after if self.cfg.ppo.bootstrap_cut else 0.0 * after",
         ALIGN,
     ),
     Mutation(

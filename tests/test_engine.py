@@ -10,12 +10,14 @@ import torch
 
 import tiny_models
 from core.faults import UserError
+from core.trajectory import PromptRequest
 from rollout.engines.transformers_engine import TransformersEngine, sample, stop_ids, uniforms
 
 
-def engine(name: str, temperature: float = 1.0, max_new_tokens: int = 24) -> TransformersEngine:
+def engine(name: str, temperature: float = 1.0, max_new_tokens: int = 24, **more: int) -> TransformersEngine:
+    stop = tuple(range(30)) if more.pop("often", False) else (0, 7)
     return TransformersEngine(
-        tiny_models.make_model(name), (0, 7), temperature=temperature, max_new_tokens=max_new_tokens
+        tiny_models.make_model(name), stop, temperature=temperature, max_new_tokens=max_new_tokens, **more
     )
 
 
@@ -35,6 +37,84 @@ def test_logprobs_are_those_of_a_plain_forward_of_each_row_alone(name, temperatu
         seen += len(got.response_ids)
     assert seen > 100
     assert worst < 1e-5
+
+
+def several_samples(n_prompts: int, n: int) -> list[PromptRequest]:
+    asked = tiny_models.make_requests(n_prompts)
+    return [dataclasses.replace(request, k=k) for request in asked for k in range(n)]
+
+
+@pytest.mark.parametrize("name", tiny_models.configs())
+def test_ids_do_not_depend_on_the_number_of_slots(name):
+    """Slots that are taken again and again, prompts that samples share, and transformers' own cache beside them."""
+    asked = several_samples(5, 4)
+    wide = engine(name, often=True)
+    assert wide.in_slots
+    want = wide.generate(asked)
+    lengths = {len(g.response_ids) for g in want}
+    assert len(lengths) > 5  # they end at different times
+    own_cache = engine(name, often=True)
+    own_cache.in_slots = False
+    for other in (*(engine(name, often=True, slots=n) for n in (1, 3, 7)), own_cache):
+        for a, b in zip(want, other.generate(asked), strict=True):
+            assert a.response_ids.tolist() == b.response_ids.tolist() and a.finish_reason == b.finish_reason
+            np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-5)
+
+
+def test_the_room_is_taken_again_for_other_requests():
+    """Keys and values of an earlier call lie where later ones are written, longer and shorter."""
+    served = engine("llama-tied", often=True, slots=4)
+    for n in (12, 3, 12):
+        asked = tiny_models.make_requests(n)
+        for a, b in zip(served.generate(asked), engine("llama-tied", often=True).generate(asked), strict=True):
+            assert a.response_ids.tolist() == b.response_ids.tolist()
+
+
+def test_a_prompt_is_read_once_for_all_its_samples():
+    served, read = engine("llama-tied"), []
+    served.model.register_forward_pre_hook(lambda m, a, k: read.append(tuple(k["input_ids"].shape)), with_kwargs=True)
+    served.generate(several_samples(3, 4))
+    assert read[0][0] == 3 and read[1] == (12, 1)
+
+
+def test_outside_of_the_decode_loop_the_model_is_what_it_was():
+    """Attention over slots knows no masks: a padded forward between two calls must not meet it."""
+    served = engine("llama-tied")
+    ids, mask = torch.arange(1, 9)[None], torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1]])
+    with torch.no_grad():
+        want = tiny_models.make_model("llama-tied")(input_ids=ids, attention_mask=mask).logits[:, 3:]
+        served.generate(tiny_models.make_requests(2))
+        assert torch.equal(served.model(input_ids=ids, attention_mask=mask).logits[:, 3:], want)
+
+
+class _DropsWhatItIsGiven(torch.nn.Module):
+    """A causal LM whose forward does not hand further arguments on to its layers, as remote code may be."""
+
+    def __init__(self, lm: torch.nn.Module) -> None:
+        super().__init__()
+        self.lm, self.config, self.dtype = lm, lm.config, lm.dtype
+        self.get_input_embeddings, self.set_attn_implementation = lm.get_input_embeddings, lm.set_attn_implementation
+
+    def forward(self, input_ids, attention_mask=None, position_ids=None, past_key_values=None, use_cache=None,
+                logits_to_keep=0, step=None):  # fmt: skip  # noqa: ANN001, ANN201
+        return self.lm(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+        )
+
+
+def test_a_model_that_cannot_be_read_in_slots_writes_the_same():
+    odd = TransformersEngine(
+        _DropsWhatItIsGiven(tiny_models.make_model("llama-tied")), (0, 7), temperature=1.0, max_new_tokens=24
+    )
+    assert not odd.in_slots
+    asked = several_samples(3, 2)
+    for a, b in zip(odd.generate(asked), engine("llama-tied").generate(asked), strict=True):
+        assert a.response_ids.tolist() == b.response_ids.tolist()
 
 
 @pytest.mark.parametrize("name", ["llama-tied", "gpt2"])

@@ -178,10 +178,8 @@ class Learner:
                 of_states = of_states.view(-1, values.shape[-1])  # one head or several
                 values[at], entropy[at] = of_states[:m].to("cpu", dtype), of_entropy.to("cpu", dtype)
                 after[torch.from_numpy(rows)] = of_states[m:].to("cpu", dtype)
-        bootstrapped = (
-            batch.cut[:, None] if self.cfg.ppo.bootstrap_cut else torch.zeros(len(batch), 1, dtype=torch.bool)
-        )
-        after = torch.where(bootstrapped, after, 0.0)
+        bootstrapped = batch.cut & self.cfg.ppo.bootstrap_cut
+        after = torch.where(bootstrapped[:, None], after, 0.0)
         filled = batch.fill(old_logprobs=old, **({} if batch.ref_logprobs is not None else {"ref_logprobs": ref}))
         if heads:
             of_head = dict(zip(heads, values.unbind(-1), strict=True))

@@ -1,12 +1,18 @@
 """The embedded engine: a decode loop on any causal LM of transformers, with log-probs that are exact by construction.
 
-Legend: B requests in the chunk, P padded prompt width, V vocabulary. Prompts are padded on the left; positions and the
-attention mask come from recorded lengths, never from comparing ids.
+Responses are written in slots (slots.py): when some have ended, the next requests take their places, a prompt is read
+once for all its samples, and attention reads what is alive. A model that cannot be read so, which is asked when it is
+loaded, writes all its requests side by side, with transformers' own cache and prompts padded on the left.
+
+Legend: B requests, U prompts, P padded prompt width, V vocabulary, S slots. Lengths are recorded, never read off ids.
 
 Nothing of the checkpoint's generation config reaches the sampling (no top_p, no penalties): only its stop ids are read.
 """
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -19,6 +25,7 @@ from core.pretrained import load_causal_lm
 from core.trajectory import PromptRequest
 from core.weights import named_tensors
 from rollout.engines.engine import Generation
+from rollout.engines.slots import ATTENTION, Prompts, Slots, Tokens
 
 
 def uniforms(request: PromptRequest, n: int) -> np.ndarray:
@@ -43,23 +50,73 @@ def stop_ids(model_path: str, tokenizer_eos: int | None) -> tuple[int, ...]:
     return tuple(sorted(ids))
 
 
+@dataclass(frozen=True)
+class _Responses:
+    """What is being written, on the device of the model."""
+
+    random: Tensor  # [B, steps] float64: number t decides token t
+    ids: Tensor  # [B, steps]
+    logprobs: Tensor  # [B, steps]
+    lengths: Tensor  # [B]
+    stopped: Tensor  # [B] bool
+
+    @classmethod
+    def blank(cls, requests: list[PromptRequest], steps: int, device: torch.device) -> "_Responses":
+        n = len(requests)
+        return cls(
+            random=torch.from_numpy(np.stack([uniforms(r, steps) for r in requests])).to(device),
+            ids=torch.zeros((n, steps), dtype=torch.long, device=device),
+            logprobs=torch.zeros((n, steps), dtype=torch.float32, device=device),
+            lengths=torch.full((n,), steps, device=device),
+            stopped=torch.zeros(n, dtype=torch.bool, device=device),
+        )
+
+    def generations(self) -> list[Generation]:
+        ids, logprobs = self.ids.cpu().numpy(), self.logprobs.cpu().numpy()
+        return [
+            Generation(
+                response_ids=ids[i, :length].copy(),
+                logprobs=logprobs[i, :length].copy(),
+                finish_reason="stop" if stop else "length",
+            )
+            for i, (length, stop) in enumerate(zip(self.lengths.tolist(), self.stopped.tolist(), strict=True))
+        ]
+
+
 class TransformersEngine:
     def __init__(
-        self, model: torch.nn.Module, stop: tuple[int, ...], *, temperature: float, max_new_tokens: int
+        self,
+        model: torch.nn.Module,
+        stop: tuple[int, ...],
+        *,
+        temperature: float,
+        max_new_tokens: int,
+        slots: int = 64,
     ) -> None:
+        """`slots`: most responses that are written side by side; no id depends on it."""
         self.model = model.eval()
-        self.temperature, self.max_new_tokens = temperature, max_new_tokens
+        self.temperature, self.max_new_tokens, self.slots = temperature, max_new_tokens, slots
         self.device = next(model.parameters()).device
         self._stop = torch.tensor(stop, device=self.device)
         # Models without absolute or rotary positions (ALiBi) take none; they read the attention mask.
         self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+        self._room: Slots | None = None  # kept between calls: new memory is slow at its first touch
+        self.in_slots = self._reads_slots()
 
     @classmethod
     def load(
-        cls, path: str, stop: tuple[int, ...], *, dtype: str, device: str, temperature: float, max_new_tokens: int
+        cls,
+        path: str,
+        stop: tuple[int, ...],
+        *,
+        dtype: str,
+        device: str,
+        temperature: float,
+        max_new_tokens: int,
+        slots: int = 64,
     ) -> "TransformersEngine":
         model = load_causal_lm(path, getattr(torch, dtype)).to(device)
-        return cls(model, stop, temperature=temperature, max_new_tokens=max_new_tokens)
+        return cls(model, stop, temperature=temperature, max_new_tokens=max_new_tokens, slots=slots)
 
     def live_tensors(self) -> dict[str, Tensor]:
         return named_tensors(self.model)
@@ -73,24 +130,134 @@ class TransformersEngine:
 
     @torch.inference_mode()
     def generate(self, requests: list[PromptRequest]) -> list[Generation]:
-        n, steps = len(requests), self.max_new_tokens
+        responses = _Responses.blank(requests, self.max_new_tokens, self.device)
+        if self.in_slots:
+            with self._attention_over_slots():
+                self._write_in_slots(requests, responses)
+        else:
+            self._write_side_by_side(requests, responses)
+        return responses.generations()
+
+    # ------------------------------------------------------------------------------------------------------- in slots
+
+    def _write_in_slots(self, requests: list[PromptRequest], out: _Responses) -> None:
+        n_slots = min(self.slots, len(requests))
+        longest = max(len(r.prompt_ids) for r in requests)
+        slots = self._make_room(n_slots, longest + self.max_new_tokens)
+        # Of each slot in use, the first B: its request, the number of tokens written, its last token and its place.
+        request, written, token, place = (torch.zeros(0, dtype=torch.long, device=self.device) for _ in range(4))
+        waiting = 0  # the first request that has no slot yet
+        few = max(1, n_slots // 8)  # places that are worth a pass over prompts
+        while len(request) or waiting < len(requests):
+            free = n_slots - len(request)
+            if waiting < len(requests) and (free >= min(few, len(requests) - waiting) or not len(request)):
+                entering = torch.arange(waiting, min(len(requests), waiting + free), device=self.device)
+                prompts = [requests[i].prompt_ids for i in entering.tolist()]
+                logits, lengths = self._read_prompts(prompts, slots, len(request))
+                first = self._sample(logits, entering, torch.zeros_like(entering), out)
+                waiting += len(entering)
+                request, token = torch.cat([request, entering]), torch.cat([token, first])
+                written, place = torch.cat([written, torch.ones_like(entering)]), torch.cat([place, lengths])
+            else:
+                logits = self._next_logits(token, place, slots)
+                token = self._sample(logits, request, written, out)
+                written, place = written + 1, place + 1
+            stopped = torch.isin(token, self._stop)
+            ended = stopped | (written == self.max_new_tokens)
+            if not bool(ended.any()):
+                continue
+            out.lengths[request[ended]], out.stopped[request[ended]] = written[ended], stopped[ended]
+            # The slots in use stay the first ones: those behind move into the places of those that have ended.
+            left = int((~ended).sum())
+            gaps, movers = ended[:left].nonzero().squeeze(-1), left + (~ended[left:]).nonzero().squeeze(-1)
+            if len(gaps):
+                slots.move(movers, gaps, int(place[movers].max()))
+                for x in (request, written, token, place):
+                    x[gaps] = x[movers]
+            request, written, token, place = (x[:left] for x in (request, written, token, place))
+
+    def _sample(self, logits: Tensor, request: Tensor, written: Tensor, out: _Responses) -> Tensor:
+        token, logprob = sample(logits, out.random[request, written], self.temperature)
+        out.ids[request, written], out.logprobs[request, written] = token, logprob
+        return token
+
+    def _read_prompts(self, prompts: list[np.ndarray], slots: Slots, first_slot: int) -> tuple[Tensor, Tensor]:
+        """Logits [B, V] behind each prompt, and their lengths [B]. They go to the slots from `first_slot` on."""
+        numbers: dict[bytes, int] = {}
+        of = torch.tensor([numbers.setdefault(x.tobytes(), len(numbers)) for x in prompts], device=self.device)
+        different = [np.frombuffer(x, dtype=prompts[0].dtype) for x in numbers]
+        lengths = torch.tensor([len(x) for x in different])
+        ids = torch.zeros((len(different), int(lengths.max())), dtype=torch.long)
+        for row, prompt in zip(ids, different, strict=True):
+            row[: len(prompt)] = torch.tensor(prompt)  # a copy: what Ray hands over is read-only
+        ids, lengths = ids.to(self.device), lengths.to(self.device)
+        into = torch.arange(first_slot, first_slot + len(of), device=self.device)
+        ends, which = torch.unique(lengths - 1, return_inverse=True)
+        places = torch.arange(ids.shape[1], device=self.device)[None].expand_as(ids)
+        logits = self._logits(ids, places, Prompts(slots, into, of), ends)  # [U, ends, V]
+        return logits[torch.arange(len(ids), device=self.device), which][of], lengths[of]
+
+    def _next_logits(self, token: Tensor, place: Tensor, slots: Slots) -> Tensor:
+        """Logits [B, V] behind `token`, which stands at `place`."""
+        return self._logits(token[:, None], place[:, None], Tokens(slots, place), 1)[:, -1]
+
+    def _logits(self, ids: Tensor, places: Tensor, step: Prompts | Tokens, keep: Tensor | int) -> Tensor:
+        out = self.model(input_ids=ids, position_ids=places, use_cache=False, step=step, logits_to_keep=keep)
+        return out.logits
+
+    @contextmanager
+    def _attention_over_slots(self) -> Iterator[None]:
+        """Only within the block: whoever calls the model otherwise means the attention that it has."""
+        before = self.model.config._attn_implementation
+        self.model.set_attn_implementation(ATTENTION)
+        try:
+            yield
+        finally:
+            self.model.set_attn_implementation(before)
+
+    def _make_room(self, n_slots: int, room: int) -> Slots:
+        if self._room is None or self._room.n_slots < n_slots or self._room.room < room:
+            self._room = None  # before the new one is made
+            self._room = Slots(n_slots, room)
+        return self._room
+
+    @torch.inference_mode()
+    def _reads_slots(self) -> bool:
+        """Whether the model computes the same with attention over slots."""
+        if not self._takes_positions:
+            return False
+        vocabulary = self.model.get_input_embeddings().weight.shape[0]
+        rows = [torch.arange(a, b) % vocabulary for a, b in ((1, 8), (4, 9))]
+        expected = torch.stack([self.model(input_ids=r[None].to(self.device)).logits[0, -3:] for r in rows])
+        slots = Slots(2, max(map(len, rows)))
+        try:
+            with self._attention_over_slots():
+                logits, place = self._read_prompts([r[:-2].numpy() for r in rows], slots, 0)
+                found = [logits]
+                for i in (-2, -1):
+                    token = torch.stack([r[i] for r in rows]).to(self.device)
+                    found.append(self._next_logits(token, place, slots))
+                    place = place + 1
+        except (NotImplementedError, TypeError, ValueError, RuntimeError):
+            return False  # it does not hand `step` on, or wants something that such attention has not
+        tolerance = 1e-4 if self.model.dtype == torch.float32 else 5e-2
+        off = (torch.stack(found, dim=1) - expected).abs().max()
+        return bool(off <= tolerance * expected.abs().max().clamp(min=1e-3))
+
+    # --------------------------------------------------------------------------------------------------- side by side
+
+    def _write_side_by_side(self, requests: list[PromptRequest], out: _Responses) -> None:
         ids, mask = self._pad_left([r.prompt_ids for r in requests])  # [B, P]
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        random = torch.from_numpy(np.stack([uniforms(r, steps) for r in requests])).to(self.device)  # [B, steps]
-        out_ids = torch.zeros((n, steps), dtype=torch.long, device=self.device)
-        out_logprobs = torch.zeros((n, steps), dtype=torch.float32, device=self.device)
-        lengths = torch.full((n,), steps, device=self.device)
-        stopped = torch.zeros(n, dtype=torch.bool, device=self.device)
-
         cache = DynamicCache(config=self.model.config)
-        rows = torch.arange(n, device=self.device)  # which request each row of the cache belongs to
-        for t in range(steps):
+        rows = torch.arange(len(requests), device=self.device)  # which request each row of the cache belongs to
+        for t in range(self.max_new_tokens):
             logits = self._forward(ids, mask, positions, cache)
-            token, logprob = sample(logits, random[rows, t], self.temperature)
-            alive = ~stopped[rows]
-            out_ids[rows[alive], t], out_logprobs[rows[alive], t] = token[alive], logprob[alive]
+            token, logprob = sample(logits, out.random[rows, t], self.temperature)
+            alive = ~out.stopped[rows]
+            out.ids[rows[alive], t], out.logprobs[rows[alive], t] = token[alive], logprob[alive]
             ended = alive & torch.isin(token, self._stop)
-            stopped[rows[ended]], lengths[rows[ended]] = True, t + 1
+            out.stopped[rows[ended]], out.lengths[rows[ended]] = True, t + 1
             alive &= ~ended
             n_alive = int(alive.sum())
             if n_alive == 0:
@@ -100,16 +267,6 @@ class TransformersEngine:
                 rows, token, mask, positions = rows[alive], token[alive], mask[alive], positions[alive]
             ids, positions = token.unsqueeze(-1), positions[:, -1:] + 1
             mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
-
-        out_ids, out_logprobs = out_ids.cpu().numpy(), out_logprobs.cpu().numpy()
-        return [
-            Generation(
-                response_ids=out_ids[i, :length].copy(),
-                logprobs=out_logprobs[i, :length].copy(),
-                finish_reason="stop" if stop else "length",
-            )
-            for i, (length, stop) in enumerate(zip(lengths.tolist(), stopped.tolist(), strict=True))
-        ]
 
     def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache) -> Tensor:
         """Logits of the next token, [B, V]; the cache grows by the width of ids."""

@@ -1,5 +1,6 @@
 """Starting real runs for the tests here: the command as a user types it, and the processes that belong to it."""
 
+import functools
 import json
 import signal
 import subprocess
@@ -46,7 +47,11 @@ class Run:
         command = [*command, *options]
         folder.parent.mkdir(exist_ok=True)
         with open(self.out, "wb") as out:
-            self.process = subprocess.Popen(command, cwd=folder.parent, stdout=out, stderr=subprocess.STDOUT)
+            # A shell has its background jobs ignore Ctrl-C, and whatever they start inherits that, the tests too.
+            hear = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+            self.process = subprocess.Popen(
+                command, cwd=folder.parent, stdout=out, stderr=subprocess.STDOUT, preexec_fn=hear
+            )
 
     def words(self) -> str:
         return self.out.read_text(errors="replace")

@@ -116,7 +116,9 @@ def main(out: Path, task: dict) -> None:
             it = kind(cfg, stir, tiny_models.make_model(name), ref, ranks)
             for _ in range(case.get("updates", 1)):
                 batch, before = it.annotate(TrainBatch.collate(mine, ["a"]))
-                batch = credit(cfg, batch.fill(token_rewards=batch.component_rewards["a"].float()), 0.02, ranks.sum)
+                rewards = batch.component_rewards["a"].float()
+                batch = batch.fill(token_rewards=rewards, normalized_rewards={"a": rewards})
+                batch = credit(cfg, batch, 0.02, ranks.sum, weights={"a": 1.0})
                 means = it.update(batch)
             parameters = {n: p.detach().flatten().tolist() for n, p in engine_weights.whole_parameters(it.policy)}
             result = {"case": case, "means": before | means, "parameters": parameters}

@@ -16,6 +16,7 @@ CASES = {
     "separate": {"micro": 2, "shards": [5, 7], "settings": {"model.value": "separate"}},
     # The reference is the base, and the stirred policy is not: no check of the first KL, nor of the log-probs.
     "adapter": {"micro": 2, "shards": [5, 7], "settings": ADAPTER, "export": True},
+    "heads": {"micro": 2, "shards": [5, 7], "settings": {"model.value_heads": "components"}},
     "detached": {"micro": 2, "shards": [12, 0], "settings": {"model.value": "shared_detached"}},
 }
 
@@ -71,6 +72,7 @@ def test_one_stored_batch_under_ddp(by_one, tmp_path):
         ("zero3", "separate"),
         ("zero3", "adapter"),
         ("zero3", "detached"),
+        ("zero3", "heads"),
         ("zero3_offload", "separate"),
     ],
 )
