@@ -305,7 +305,7 @@ def encode_answer(
         fits = [not isinstance(answer, RewardFault) and bool(answer[1].all()) for answer in answers]
         values = [answer[0] if ok else np.zeros(0) for answer, ok in zip(answers, fits, strict=True)]
         arrays |= {
-            f"tokens:{name}": _lists(values, dtype=np.float64),
+            f"tokens:{name}": _narrowed(_lists(values, dtype=np.float64)),
             f"applies:{name}": pa.array(fits, pa.bool_()),
             f"fault:{name}": pa.array(faults, pa.large_string()),
         }
@@ -402,10 +402,11 @@ def _entry_from_json(reward: Any, here: str) -> Any:
 def _answer_from_arrow(
     body: bytes, request: ScoreRequest, components: list[str], refuse: Any
 ) -> tuple[list, list, list, dict[str, list]]:
-    columns: dict[str, pa.DataType] = {"uid": pa.string(), "count": pa.int64(), "ids_hash": pa.string()}
+    columns: dict[str, pa.DataType | tuple[pa.DataType, ...]]
+    columns = {"uid": pa.string(), "count": pa.int64(), "ids_hash": pa.string()}
     for name in components:
         columns |= {
-            f"tokens:{name}": pa.large_list(pa.float64()),
+            f"tokens:{name}": (pa.large_list(pa.float64()), pa.large_list(pa.float32())),
             f"applies:{name}": pa.bool_(),
             f"fault:{name}": pa.large_string(),
         }
@@ -417,7 +418,7 @@ def _answer_from_arrow(
     entries: dict[str, list[Any]] = {}
     for name in components:
         rows = zip(
-            _split(table[f"tokens:{name}"]),
+            _split(table[f"tokens:{name}"], dtype=np.float64),
             table[f"applies:{name}"].to_pylist(),
             table[f"fault:{name}"].to_pylist(),
             strict=True,
@@ -524,6 +525,16 @@ def _lists(parts: list[Any], dtype: Any = np.int32) -> pa.Array:
     return pa.LargeListArray.from_arrays(pa.array(bounds), pa.array(flat))
 
 
+def _narrowed(lists: pa.LargeListArray) -> pa.LargeListArray:
+    """float64 lists as float32 where every number survives it, as those of rules and of most models do."""
+    wide = lists.values.to_numpy()
+    with np.errstate(over="ignore"):
+        narrow = wide.astype(np.float32)
+    if not np.array_equal(narrow, wide):
+        return lists
+    return pa.LargeListArray.from_arrays(lists.offsets, pa.array(narrow))
+
+
 def _stream(arrays: dict[str, pa.Array], metadata: dict[str, str]) -> bytes:
     schema = pa.schema([pa.field(name, x.type) for name, x in arrays.items()], metadata=metadata)
     sink = pa.BufferOutputStream()
@@ -533,7 +544,7 @@ def _stream(arrays: dict[str, pa.Array], metadata: dict[str, str]) -> bytes:
 
 
 def _read(
-    body: bytes, columns: dict[str, pa.DataType], refuse: Any, limits: Limits, nullable: tuple[str, ...] = ()
+    body: bytes, columns: dict[str, Any], refuse: Any, limits: Limits, nullable: tuple[str, ...] = ()
 ) -> tuple[dict[str, pa.Array], dict[bytes, bytes]]:
     """The columns of the one record batch in a stream, checked down to their buffers. Raises `refuse`."""
     try:
@@ -545,8 +556,9 @@ def _read(
                 off = sorted(names ^ set(columns))
                 raise refuse(f"Arrow: the columns are not those wanted ({', '.join(off)[:200]})")
             for name, kind in columns.items():
-                if schema.field(name).type != kind:
-                    raise refuse(f"Arrow: column {name} is {schema.field(name).type}, wanted is {kind}")
+                kinds = kind if isinstance(kind, tuple) else (kind,)
+                if schema.field(name).type not in kinds:
+                    raise refuse(f"Arrow: column {name} is {schema.field(name).type}, wanted is {kinds[0]}")
             batch = reader.read_next_batch()
             if batch.num_rows > limits.samples:
                 raise refuse(f"samples: {batch.num_rows} of them, at most {limits.samples} in one request")
@@ -568,9 +580,10 @@ def _read(
     return {name: batch.column(name) for name in columns}, schema.metadata or {}
 
 
-def _split(lists: pa.LargeListArray) -> list[np.ndarray]:
+def _split(lists: pa.LargeListArray, dtype: Any = None) -> list[np.ndarray]:
     """The B lists as views of one buffer."""
-    return _cut(*_flat(lists))
+    flat, ends = _flat(lists)
+    return _cut(flat if dtype is None else flat.astype(dtype, copy=False), ends)
 
 
 def _flat(lists: pa.LargeListArray) -> tuple[np.ndarray, np.ndarray]:
