@@ -50,6 +50,9 @@ RUN: dict[str, str | Callable[[str], str]] = {
     r"(python benchmarks/cards_seeds\.py)": r"\1 --seeds 1 --steps 8",
     r"(python benchmarks/ppo_iteration\.py)": r"\1 --steps 3",
     r"(python benchmarks/dense_vs_terminal\.py)(?: --quick)?": r"\1 --quick --updates 1 --batch 32 --arms dense",
+    r"(python benchmarks/value_functions\.py) .*": (
+        r"\1 --tasks cards --values shared --seeds 1 --steps 1 --json curves.json --png curves.png"
+    ),
     r"(python benchmarks/reward\.py)": r"\1 --only codec --rounds 1 --tokens 4096",
     r"(python benchmarks/mistakes\.py)": r"\1 --rows 2",
     r"(python benchmarks/learner\.py) .*": (
