@@ -133,6 +133,13 @@ class Order:
         """How hard a row was found at this visit; counts from the next epoch of its group that nobody has begun."""
         self._measured[row] = difficulty
 
+    def forget_before(self, ordinal: int) -> None:
+        """Nobody will ask for the rows of ordinals below this one again. A step may lie in several epochs of a group."""
+        for g, epoch in list(self._known):
+            drawn = self.drawn(g, ordinal)
+            if drawn and epoch < self._epoch(g, drawn - 1)[0]:
+                del self._known[g, epoch]
+
     def leave_out(self, rows: Iterable[int], position: int) -> None:
         """Leave rows out of all epochs of their groups that no ordinal below `position` has begun."""
         rows = np.array([row for row in rows if self._leaves[row] == STAYS], dtype=np.int64)
@@ -244,7 +251,6 @@ class Order:
             later = [e for group, e in self._known if group == g and e > epoch]
             assert not later, f"epoch {epoch} of group {g} is over: what was known when it began is kept no longer"
             self._known[g, epoch] = self._measured[rows]
-            self._known.pop((g, epoch - 2), None)  # a step may lie in two epochs
         known = self._known[g, epoch]
         if np.isnan(known).all():
             return None

@@ -360,6 +360,8 @@ class PromptStream:
                     leaving += [row] * (before + 1 >= self._skip_solved)
             self.order.leave_out(leaving, self.position)
             means["data/rows_left_out"] = len(self.order.left_out)
+        if samples:
+            self.order.forget_before(min(samples))
         return means
 
     def _request(self, ordinal: int, k: int) -> PromptRequest:

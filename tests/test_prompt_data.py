@@ -338,6 +338,28 @@ def test_a_prompt_is_as_hard_as_it_was_beside_those_of_its_step(folder, tokenize
         assert [r.columns["n"] for r in it.take(4)] == want
 
 
+def test_a_step_may_lie_in_many_epochs_of_a_small_dataset(folder, tokenizer, tmp_path):
+    """Two rows beside twenty, eight prompts of each a step; and a restart after every step changes no row."""
+    paths = {write(tmp_path / "a.jsonl", numbered(2)): 1, write(tmp_path / "b.jsonl", numbered(20, 20)): 1}
+
+    def fresh() -> PromptStream:
+        return streams(folder, tokenizer, mixture=paths, measure_difficulty=True, curriculum_epochs=50)[0]
+
+    def rows_of(stream: PromptStream) -> list[int]:
+        asked = stream.take(16)
+        stream.observe([(r.ordinal, float((r.columns["n"] * 7 + r.ordinal) % 11)) for r in asked])
+        return [r.columns["n"] for r in asked]
+
+    whole, halting = fresh(), fresh()
+    for _ in range(12):
+        want = rows_of(whole)
+        again = fresh()
+        again.restore(json.loads(json.dumps(halting.state)))
+        halting = again
+        assert rows_of(halting) == want
+    assert len(whole.state["measured"]["epochs"]) < 12  # of each dataset those of one step
+
+
 def test_skipping_wants_several_samples(folder):
     with pytest.raises(UserError, match="data.skip_solved = 1: one sample has no variance"):
         config.load(None, {"model.path": "g", "rewards.a.fn": "r.py:f", "data.path": "p.jsonl", "data.skip_solved": 1})
