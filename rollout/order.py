@@ -134,7 +134,7 @@ class Order:
         self._measured[row] = difficulty
 
     def forget_before(self, ordinal: int) -> None:
-        """Nobody will ask for the rows of ordinals below this one again. A step may lie in several epochs of a group."""
+        """Nobody will ask again for rows of ordinals below this one. A step may lie in several epochs of a group."""
         for g, epoch in list(self._known):
             drawn = self.drawn(g, ordinal)
             if drawn and epoch < self._epoch(g, drawn - 1)[0]:
