@@ -107,6 +107,16 @@ class _DropsWhatItIsGiven(torch.nn.Module):
         )
 
 
+def test_a_fall_back_is_told_when_the_model_is_loaded(tmp_path, monkeypatch, capsys):
+    folder = str(tiny_models.save_model(tmp_path / "m"))
+    options = {"dtype": "float32", "device": "cpu", "temperature": 1.0, "max_new_tokens": 4}
+    TransformersEngine.load(folder, (0,), **options)
+    assert "slots" not in capsys.readouterr().out
+    monkeypatch.setattr(TransformersEngine, "_reads_slots", lambda self: False)
+    TransformersEngine.load(folder, (0,), **options)
+    assert "LlamaForCausalLM cannot be read in slots" in capsys.readouterr().out
+
+
 def test_a_model_that_cannot_be_read_in_slots_writes_the_same():
     odd = TransformersEngine(
         _DropsWhatItIsGiven(tiny_models.make_model("llama-tied")), (0, 7), temperature=1.0, max_new_tokens=24

@@ -116,7 +116,11 @@ class TransformersEngine:
         slots: int = 64,
     ) -> "TransformersEngine":
         model = load_causal_lm(path, getattr(torch, dtype)).to(device)
-        return cls(model, stop, temperature=temperature, max_new_tokens=max_new_tokens, slots=slots)
+        engine = cls(model, stop, temperature=temperature, max_new_tokens=max_new_tokens, slots=slots)
+        if not engine.in_slots:  # Ray shows it to whoever started the run
+            name = type(model).__name__
+            print(f"{name} cannot be read in slots: responses are written side by side, slower, with the same ids")
+        return engine
 
     def live_tensors(self) -> dict[str, Tensor]:
         return named_tensors(self.model)
