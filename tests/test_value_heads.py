@@ -13,13 +13,14 @@ import tiny_models
 from core.config import load
 from core.faults import UserError
 from core.metrics import lookup
-from core.schema import KL_HEAD, Config
+from core.schema import KL_HEAD, Config, ModelConfig
 from ppo_cases import close, f64, mask_of
 from rollout.engines.transformers_engine import TransformersEngine
 from trainer import ppo
 from trainer.batch import TrainBatch
 from trainer.learner import Learner
 from trainer.loop import TrainState, credit
+from trainer.model import PolicyWithValueHead
 
 N = 6
 TWO_COMPONENTS = {
@@ -200,6 +201,13 @@ def test_every_head_learns_its_own_returns():
     assert means["loss/value"] == pytest.approx(sum(squares) / 3, rel=1e-5)
     bias = it.policy.value_head.bias.tolist()
     assert bias[0] == pytest.approx(1e-3, rel=1e-2) and bias[1] == pytest.approx(-1e-3, rel=1e-2)
+
+
+def test_the_score_of_a_reward_model_is_no_head_of_a_component():
+    """It predicts the whole reward; [1, H] would be copied into all of them without a word."""
+    config = ModelConfig(path="m", dtype="float32", value_heads="components")
+    policy = PolicyWithValueHead(tiny_models.make_model("llama-tied"), config, head=torch.ones(1, 32), n_heads=3)
+    assert policy.value_head.weight.shape[0] == 3 and not policy.value_head.weight.any()
 
 
 def test_rows_of_a_batch_keep_what_each_head_says():

@@ -278,7 +278,7 @@ class PolicyWithValueHead(nn.Module):
         self._n_heads = n_heads
         self.value_head = nn.Linear(width, max(1, n_heads), dtype=wide, device=lm.device)
         nn.init.zeros_(self.value_head.bias)
-        if head is None:
+        if head is None or n_heads:  # it knows the whole reward, and would be copied into the head of every part
             nn.init.zeros_(self.value_head.weight)
         else:
             with torch.no_grad():
