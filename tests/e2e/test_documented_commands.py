@@ -16,8 +16,6 @@ import tiny_models
 from cards_run import ROOT, checkout
 from documented import Command
 
-pytestmark = pytest.mark.slow
-
 HUB_ID = "Qwen/Qwen2.5-0.5B-Instruct"  # nothing is downloaded here: a small model of this kind stands in its place
 SMALL = {
     "run.steps": "1",
@@ -54,6 +52,7 @@ RUN: dict[str, str | Callable[[str], str]] = {
         r"\1 --tasks cards --values shared --seeds 1 --steps 1 --json curves.json --png curves.png"
     ),
     r"(python benchmarks/reward\.py)": r"\1 --only codec --rounds 1 --tokens 4096",
+    r"(python benchmarks/ppo_vs_trl\.py) .*": r"\1 --json out.json --quick --tiers a --passive",
     r"(python benchmarks/mistakes\.py)": r"\1 --rows 2",
     r"(python benchmarks/learner\.py) .*": (
         r"\1 --device cpu --dtype float32 --sizes tiny --batch 4 --prompt 8 --response 16 --tokens 64 --rounds 1"
@@ -95,14 +94,17 @@ def shell(line: str, folder: Path) -> subprocess.CompletedProcess:
 HERE = [c for c in documented.commands() if not any(re.fullmatch(pattern, c.text) for pattern in ELSEWHERE)]
 
 
-@pytest.mark.parametrize("command", HERE, ids=lambda command: f"{command.page}: {command.text[:80]}")
-def test_a_documented_command_works(command: Command, folder):
+def shortened(command: Command) -> str:
     for pattern, line in RUN.items():
         if re.fullmatch(pattern, command.text):
-            line = line(command.text) if callable(line) else re.sub(pattern, line, command.text)
-            break
-    else:
-        pytest.fail(f"no rule in {Path(__file__).name} runs `{command.text}` of {command.page}")
+            return line(command.text) if callable(line) else re.sub(pattern, line, command.text)
+    pytest.fail(f"no rule in {Path(__file__).name} runs `{command.text}` of {command.page}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", HERE, ids=lambda command: f"{command.page}: {command.text[:80]}")
+def test_a_documented_command_works(command: Command, folder):
+    line = shortened(command)
     if "runs/demo" in line and not (folder / "runs" / "demo").exists():
         demo = shell(small("tokenppo train --config configs/cards.yaml --run.name demo"), folder)
         assert demo.returncode == 0, demo.stdout + demo.stderr
@@ -111,6 +113,7 @@ def test_a_documented_command_works(command: Command, folder):
     assert "Traceback" not in done.stderr, done.stderr
 
 
+@pytest.mark.slow
 def test_the_script_of_the_readme_trains(folder):
     (code,) = [block for block in documented.blocks(ROOT / "README.md", "python") if "tokenppo.train(" in block]
     small = {key: int(value) for key, value in SMALL.items()}
@@ -133,7 +136,9 @@ def test_the_script_of_the_readme_trains(folder):
     assert "'after'" in done.stdout and "runs" in done.stdout.splitlines()[-1], done.stdout
 
 
-def test_the_rules_of_this_table_are_used():
+def test_each_documented_command_has_a_rule_and_each_rule_a_command():
+    for command in HERE:
+        assert shortened(command)
     texts = [command.text for command in documented.commands()]
     for pattern in [*ELSEWHERE, *RUN]:
         assert any(re.fullmatch(pattern, text) for text in texts), f"no page has a command like {pattern}"
