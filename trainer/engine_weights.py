@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import distribute_tensor
 
 from core.weights import LORA_A, LORA_B
 from trainer import adapters
@@ -25,6 +26,11 @@ TRAINED_FILE = "trained.safetensors"  # of a policy that is mostly frozen
 def is_sharded(module: nn.Module) -> bool:
     """Whether ranks hold shards of its parameters (ZeRO-3, FSDP2)."""
     return any(_is_shard(p) for p in module.parameters())
+
+
+def is_tied(lm: nn.Module) -> bool:
+    """Whether the output layer of a causal LM is its embedding."""
+    return lm.get_output_embeddings().weight is lm.get_input_embeddings().weight
 
 
 def whole_parameters(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -152,7 +158,14 @@ def load_state(accelerator: Accelerator, policy: nn.Module, folder: Path) -> Non
         parameters = dict(policy.named_parameters())
         with torch.no_grad():
             for name, x in load_file(folder / TRAINED_FILE).items():
-                parameters[name].copy_(x)
+                parameters[name].copy_(_sharded_like(parameters[name], x))
+
+
+def _sharded_like(parameter: Tensor, whole: Tensor) -> Tensor:
+    if not hasattr(parameter, "full_tensor"):
+        return whole
+    whole = whole.to(parameter.device)  # every rank has read it: nothing is sent
+    return distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
 def _all_trained(policy: nn.Module) -> bool:

@@ -92,7 +92,13 @@ class Learner:
                 train_batch_size=cfg.ppo.micro_batch_size * self.ranks.size,
                 gradient_clipping=cfg.optim.max_grad_norm,
             )
+        tied = engine_weights.is_tied(lm)
         self._engine, self._optimizer = accelerator.prepare(self.policy, self._adamw())
+        if engine_weights.is_tied(lm) != tied:
+            raise InvariantFault(
+                f"{accelerator.distributed_type.value} parted the output layer from the embedding that it is tied to,"
+                " and would leave one of them as it is; take one of the files in launch/accelerate/"
+            )
         self._ref: Reference | None = None  # log-probs of it come with the rewards
         if cfg.reference != "reward_server":
             own = ref_lm if cfg.reference != "adapter" else None

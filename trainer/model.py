@@ -276,6 +276,7 @@ class PolicyWithValueHead(nn.Module):
             adapters.inject(lm, names, config)
         width = self.critic.config.hidden_size if config.value == "separate" else self.reader.head.weight.shape[1]
         self._n_heads = n_heads
+        self._no_split_modules = lm._no_split_modules  # layers that FSDP2 shards each by itself, by transformers' name
         self.value_head = nn.Linear(width, max(1, n_heads), dtype=wide, device=lm.device)
         nn.init.zeros_(self.value_head.bias)
         if head is None or n_heads:  # it knows the whole reward, and would be copied into the head of every part
@@ -283,6 +284,10 @@ class PolicyWithValueHead(nn.Module):
         else:
             with torch.no_grad():
                 self.value_head.weight.copy_(head)
+
+    def tie_weights(self) -> None:
+        """By transformers' name for it: FSDP2, where it loads sparingly, parts tied parameters and asks this after."""
+        self.lm.tie_weights()
 
     def _refuse_unlike(self, critic: PreTrainedModel) -> None:
         """Raise UserError for a trunk that cannot read what the policy reads, in the form in which it is read."""

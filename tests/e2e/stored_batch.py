@@ -7,6 +7,7 @@ A case is a micro-batch size, epochs and mini-batches of the update, how the row
 """
 
 import json
+import os
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -19,6 +20,8 @@ from launch import cluster  # noqa: E402
 cluster.prepare_environment()
 
 import torch  # noqa: E402
+from accelerate import PartialState  # noqa: E402
+from accelerate.utils import DistributedType  # noqa: E402
 
 import tiny_models  # noqa: E402
 from core.config import load  # noqa: E402
@@ -62,7 +65,27 @@ def gradients(it: Learner) -> dict[str, list[float]]:
         moments = {name: full(p, "exp_avg") for name, p in trained.items()}
     else:
         moments = {name: it._optimizer.optimizer.state[p]["exp_avg"] for name, p in trained.items()}
+    moments = {name: x.full_tensor() if hasattr(x, "full_tensor") else x for name, x in moments.items()}  # FSDP2
     return {name: (x.float() / (1 - it.cfg.optim.betas[0])).flatten().tolist() for name, x in moments.items()}
+
+
+def whole(it: Learner) -> dict[str, list[float]]:
+    return {name: p.detach().flatten().tolist() for name, p in engine_weights.whole_parameters(it.policy)}
+
+
+def gone_and_back(it: Learner, folder: Path) -> bool:
+    """Whether parameters and the optimizer's state come back from a checkpoint, everything having been 0 between."""
+    before = whole(it), gradients(it)
+    it.save_state(folder)
+    with torch.no_grad():
+        for p in it.policy.parameters():
+            if p.requires_grad:
+                p.zero_()
+        for state in it._optimizer.optimizer.state.values():
+            state["exp_avg"].zero_()
+    assert (whole(it), gradients(it)) != before
+    it.load_state(folder, step=it.step)
+    return (whole(it), gradients(it)) == before
 
 
 class _SGDLearner(Learner):
@@ -78,6 +101,15 @@ def stirred(policy: torch.nn.Module) -> None:
         for name, p in sorted(policy.named_parameters()):
             if name == "value_head.weight" or ".lora_B." in name:
                 p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(len(name))) * 0.05)
+
+
+def shard_on_a_cpu() -> None:
+    """FSDP2 by Accelerate's own code, with gloo: what it does on GPUs, and on a CPU only when told that there are some.
+
+    A launch is refused there for that reason; for one that was asked for all the same, this is it.
+    """
+    learners._refuse = lambda device, deepspeed: None
+    PartialState(cpu=True, backend="gloo").distributed_type = DistributedType.MULTI_GPU
 
 
 class _Stirred:
@@ -100,6 +132,8 @@ def main(out: Path, task: dict) -> None:
     stop = tuple(range(30))  # many, so that lengths differ
     engine = TransformersEngine(tiny_models.make_model(name), stop, temperature=1.0, max_new_tokens=16)
     trajectories = tiny_models.roll_out(engine, N)
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        shard_on_a_cpu()
     with ExitStack() as stack:
         accelerator, ranks = learners.join(configured(task["cases"][0]), stack, print)
         if accelerator.distributed_type.value == "DEEPSPEED":
@@ -120,12 +154,13 @@ def main(out: Path, task: dict) -> None:
                 batch = batch.fill(token_rewards=rewards, normalized_rewards={"a": rewards})
                 batch = credit(cfg, batch, 0.02, ranks.sum, weights={"a": 1.0})
                 means = it.update(batch)
-            parameters = {n: p.detach().flatten().tolist() for n, p in engine_weights.whole_parameters(it.policy)}
-            result = {"case": case, "means": before | means, "parameters": parameters}
+            result = {"case": case, "means": before | means, "parameters": whole(it)}
             result["gradients"] = {} if case.get("sgd") else gradients(it)
             if case.get("export"):
-                whole = it.whole_policy().lm | it.export_weights()
-                result["exported"] = {n: x.flatten().tolist() for n, x in whole.items()}
+                exported = it.whole_policy().lm | it.export_weights()
+                result["exported"] = {n: x.flatten().tolist() for n, x in exported.items()}
+            if case.get("reload"):
+                result["came_back"] = gone_and_back(it, out.with_name(f"state-{len(results)}"))
             results.append(result)
         if ranks.is_main:
             kind = accelerator.distributed_type.value

@@ -1,5 +1,6 @@
 """Every engine that an accelerate file can ask for computes what one process does, and trains live; on a CPU."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,9 @@ from test_many_learners import FILES, farthest, task  # noqa: F401
 
 from cards_run import Run
 
-many.ENGINES |= {name: (2, "DEEPSPEED") for name in ("zero0", "zero1", "zero3", "zero3_offload")}
+many.ENGINES |= {name: (2, "DEEPSPEED") for name in ("zero0", "zero1", "zero3", "zero3_offload")} | {
+    "fsdp2": (2, "FSDP")
+}
 
 ADAPTER = {"model.lora_rank": 4, "model.value": "lora", "run.checks": False}
 CASES = {
@@ -76,10 +79,26 @@ def test_one_stored_batch_under_ddp(by_one, tmp_path):
         ("zero3_offload", "separate"),
     ],
 )
-def test_one_stored_batch_under_deepspeed(by_one, tmp_path, engine, kind):
+def test_one_stored_batch_in_shards(by_one, tmp_path, engine, kind):
     """Gradients within 1e-5 of one process; parameters are sharded in fact, however small."""
     (got,) = many.stored_batch(tmp_path, engine, "llama-tied", [CASES[kind]], file=engine_file(tmp_path, engine))
     compare(got, by_one[kind])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "sparing"), [("shared", "true"), *((kind, "false") for kind in CASES)])
+def test_one_stored_batch_under_fsdp2(by_one, tmp_path, kind, sparing):
+    """Accelerate's own sharding, on a CPU because it is told that it is on GPUs; what is tied stays tied.
+
+    `sparing`: as `accelerate config` writes it, where tied parameters are parted and must be tied again.
+    """
+    file = tmp_path / "fsdp2.yaml"
+    text, n = re.subn("(fsdp_cpu_ram_efficient_loading): .*", rf"\1: {sparing}", (FILES / "fsdp2.yaml").read_text())
+    assert n == 1
+    file.write_text(text)
+    (got,) = many.stored_batch(tmp_path, "fsdp2", "llama-tied", [CASES[kind] | {"reload": True}], file=file)
+    compare(got, by_one[kind])
+    assert got["came_back"]
 
 
 @pytest.mark.slow
