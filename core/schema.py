@@ -167,6 +167,8 @@ class RolloutConfig(Section):
     """Divides the logits in sampling and in every log-prob of the learner."""
     chunk_size: int = Field(32, ge=1)
     """Responses written together by one worker. Chunks are cut by prompt number, never by worker."""
+    slots: int = Field(64, ge=1)
+    """Most responses that a worker writes side by side. No id depends on it; memory for keys and values does."""
     timeout_s: float = Field(600, gt=0)
     """Deadline of one chunk, of a worker's start, and of its replacement."""
     max_worker_losses: int = Field(8, ge=0)

@@ -221,6 +221,7 @@ def _group(cfg: Config, tokenizer: Any, device: str, note: Callable[[str], None]
         device=device,
         temperature=cfg.rollout.temperature,
         max_new_tokens=cfg.rollout.max_new_tokens,
+        slots=cfg.rollout.slots,
     )
     _, threads = thread_plan(cfg)
 
