@@ -167,6 +167,9 @@ class RolloutConfig(Section):
     """Divides the logits in sampling and in every log-prob of the learner."""
     chunk_size: int = Field(32, ge=1)
     """Responses written together by one worker. Chunks are cut by prompt number, never by worker."""
+    max_staleness: int = Field(0, ge=0)
+    """Batches that are written ahead while the learner works: that of step s comes of the policy after step
+    s - 1 - max_staleness at the oldest, and PPO's ratio is against that policy. 0: strictly on-policy."""
     slots: int = Field(64, ge=1)
     """Most responses that a worker writes side by side. No id depends on it; memory for keys and values does."""
     timeout_s: float = Field(600, gt=0)
@@ -257,7 +260,8 @@ class PPOConfig(Section):
     """Bound of the loss of tokens with negative advantage, in units of |A|; off by default."""
     importance_cap: float | None = Field(None, gt=0)
     """Weigh the policy loss of each token by exp(old_logprobs - rollout_logprobs), at most this (2 is usual): corrects
-    for an engine that does not sample from quite what the learner computes. Off if null."""
+    for an engine that does not sample from quite what the learner computes. With `rollout.max_staleness` it corrects
+    for the older policy, and the ratio is against the policy before the step (decoupled PPO). Off if null."""
     cliprange_value: float = Field(0.2, gt=0)
     """A value may move this far from the old one before its loss is clipped."""
     vf_coef: float = Field(0.1, ge=0)

@@ -77,6 +77,7 @@ class RolloutGroup:
         self._timeout_s, self._max_losses, self._note = timeout_s, max_losses, note
         self._latest: WeightUpdate | None = None
         self._slots = [_Slot(i) for i in workers]
+        self._closed = False  # who ended the workers wants no successors
         self.pids: dict[str, int] = {}
         self.counters: Counter[str] = Counter()
         for slot in self._slots:
@@ -120,7 +121,9 @@ class RolloutGroup:
         return verified
 
     def close(self) -> None:
-        """Kill every worker; what they were writing is lost."""
+        """Kill every worker; what they were writing is lost. May be called while another thread waits for them: that
+        one raises ProcessFault."""
+        self._closed = True
         for slot in self._slots:
             if slot.actor is not None:
                 ray.kill(slot.actor)
@@ -188,6 +191,8 @@ class RolloutGroup:
 
     def _lose(self, slot: _Slot, when: str, error: Exception) -> None:
         """Kill what is left of a worker (it may only hang) and start its successor. Raises ProcessFault if too many."""
+        if self._closed:
+            raise ProcessFault(f"{slot.name} was ended {when}")
         if getattr(error, "actor_init_failed", False):  # its constructor raised: it would again in any successor
             raise ProcessFault(f"{slot.name} cannot start: {error}")
         reason = "missed its deadline" if isinstance(error, GetTimeoutError) else "died"
