@@ -239,7 +239,8 @@ class Learner:
                         " distribution than the one that is trained"
                     )
             if self.step == 0:
-                worst = self.ranks.max(_largest(kl.abs()))
+                apart = torch.where(mask, batch.old_logprobs - batch.ref_logprobs, 0.0)
+                worst = self.ranks.max(_largest(apart.abs()))
                 # Another process computes as a worker does: then the limit is that of workers.
                 limit = self._limits["logprob_max" if self._ref is None else "ratio"]
                 if not worst <= limit:
