@@ -165,12 +165,36 @@ class RolloutConfig(Section):
     """Longest response; a longer one is cut and its finish_reason is `length`."""
     temperature: float = Field(1.0, gt=0)
     """Divides the logits in sampling and in every log-prob of the learner."""
+    top_k: int | None = Field(None, ge=2)
+    """Draw each token from the so many most probable ones (and those that equal the last of them); null: from all."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Of those, from the fewest whose probabilities reach this. 1: from all. What the filters keep goes with the
+    response: the log-probs of policy and reference, entropies and losses are over the same tokens."""
+    min_p: float = Field(0.0, ge=0, lt=1)
+    """Of those, from the ones at least this fraction as probable as the most probable one. 0: from all."""
+    stop_strings: list[str] = []
+    """A response also ends with the token that completes one of these in its text; the token stays in the response."""
     chunk_size: int = Field(32, ge=1)
     """Responses written together by one worker. Chunks are cut by prompt number, never by worker."""
     timeout_s: float = Field(600, gt=0)
     """Deadline of one chunk, of a worker's start, and of its replacement."""
     max_worker_losses: int = Field(8, ge=0)
     """Workers of one learner process that may die or hang during the run before it stops."""
+
+    @property
+    def filters(self) -> dict[str, float]:
+        """The filters that are on. An engine that cannot say which tokens they kept must be refused with any."""
+        off = {"top_k": None, "top_p": 1.0, "min_p": 0.0}
+        return {leaf: getattr(self, leaf) for leaf, value in off.items() if getattr(self, leaf) != value}
+
+    @model_validator(mode="after")
+    def _fits(self) -> "RolloutConfig":
+        for text in self.stop_strings:
+            if not text or "\N{REPLACEMENT CHARACTER}" in text:
+                remedy = "each is at least a character, and none is U+FFFD, which stands for broken ones"
+                values = {"leaf": "stop_strings", "value": self.stop_strings, "remedy": remedy}
+                raise PydanticCustomError("within", "{remedy}", values)
+        return self
 
 
 class RewardConfig(Section):

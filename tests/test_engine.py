@@ -11,7 +11,8 @@ import torch
 import tiny_models
 from core.faults import UserError
 from core.trajectory import PromptRequest
-from rollout.engines.transformers_engine import TransformersEngine, sample, stop_ids, uniforms
+from rollout.engines.sampling import sample
+from rollout.engines.transformers_engine import TransformersEngine, stop_ids, uniforms
 
 
 def engine(name: str, temperature: float = 1.0, max_new_tokens: int = 24, **more: int) -> TransformersEngine:
@@ -161,7 +162,7 @@ def test_uniforms_are_counter_based():
 def test_samples_follow_the_softmax_at_the_temperature():
     logits, temperature, n = torch.tensor([0.0, 1.0, -1.0, 2.0, -200.0]), 0.7, 40_000
     random = torch.from_numpy(np.random.default_rng(0).random(n))
-    token, logprob = sample(logits.expand(n, -1), random, temperature)
+    token, logprob, _ = sample(logits.expand(n, -1), random, temperature)
     want = torch.softmax(logits.double() / temperature, -1)
     assert token.max() <= 3  # exp(-200) never comes
     expected = (want[:4] * n).numpy()
@@ -172,7 +173,7 @@ def test_samples_follow_the_softmax_at_the_temperature():
 
 def test_the_ends_of_the_random_numbers_pick_possible_tokens():
     logits = torch.tensor([[-torch.inf, 0.0, 0.0, -torch.inf]] * 2)
-    token, _ = sample(logits, torch.tensor([0.0, np.nextafter(1.0, 0.0)], dtype=torch.float64), 1.0)
+    token, _, _ = sample(logits, torch.tensor([0.0, np.nextafter(1.0, 0.0)], dtype=torch.float64), 1.0)
     assert token.tolist() == [1, 2]
 
 
