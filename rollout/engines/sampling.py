@@ -45,7 +45,7 @@ def _nucleus(p: Tensor, top_p: float) -> Tensor:
     least = (1 - top_p) / p.shape[-1]
     few = int((p > least).sum(-1).max())
     ids = p.topk(few, sorted=False).indices.sort(-1).values
-    ascending, order = p.gather(-1, ids).sort(-1, stable=True)
+    ascending, order = p.gather(-1, ids).sort(dim=-1, stable=True)
     before = ascending.flip(-1).cumsum(-1).flip(-1) - ascending
     return torch.zeros_like(p, dtype=torch.bool).scatter_(
         -1, ids.gather(-1, order), (before < top_p) & (ascending > least)
