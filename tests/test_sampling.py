@@ -73,15 +73,18 @@ def test_the_ids_that_are_kept_are_those_of_transformers(kind, filters, temperat
     assert torch.equal(*kept) and (kind == "all equal" or len(kept[0]) > 390)
 
 
-@pytest.mark.parametrize("top_p", [0.3, 0.61, 0.9])
-def test_of_equal_logits_the_higher_ids_stay(top_p):
-    """By hand, four ids of 1/4 each: the fewest that reach 0.6 are three. And one by one in descending order."""
+@pytest.mark.parametrize("vocabulary", [V, 600])
+@pytest.mark.parametrize("top_p", [0.01, 0.3, 0.61, 0.9])
+def test_of_equal_logits_the_higher_ids_stay(top_p, vocabulary):
+    """By hand, four ids of 1/4 each: the fewest that reach 0.6 are three. And one by one in descending order; of 600
+    not all are sorted, unless more of them are equal than are looked at."""
     kept = Filters(top_p=0.6).keep(torch.zeros(1, 4, dtype=torch.float64))
     assert kept.tolist() == [[False, True, True, True]]
-    logits = torch.randint(0, 4, (50, V), generator=torch.Generator().manual_seed(1)).double()
+    logits = torch.randint(0, 4, (50, vocabulary), generator=torch.Generator().manual_seed(1)).double()
+    logits[25:] *= torch.rand(25, vocabulary, generator=torch.Generator().manual_seed(2)) + 4
     for row, kept in zip(logits, Filters(top_p=top_p).keep(logits), strict=True):
         p, stay, reached = row.softmax(-1).tolist(), set(), 0.0
-        for i in sorted(range(V), key=lambda i: (p[i], i), reverse=True):
+        for i in sorted(range(vocabulary), key=lambda i: (p[i], i), reverse=True):
             if reached < top_p:
                 stay.add(i)
             reached += p[i]

@@ -110,11 +110,13 @@ class TrainBatch:
                 return {key: blank(value) for key, value in x.items()}
             if isinstance(x, Tensor):
                 return torch.zeros((1, 1) if x.ndim == 2 else 1, dtype=x.dtype, device=x.device)
+            if isinstance(x, tuple):
+                return None  # no token was drawn from anything
             return x[:0] if isinstance(x, np.ndarray) else x
 
         row = replace(self, **{f.name: blank(getattr(self, f.name)) for f in fields(self)})
         ids = torch.zeros((1, 2), dtype=self.input_ids.dtype, device=self.input_ids.device)
-        return replace(row, input_ids=ids, prompt_lengths=torch.ones_like(row.prompt_lengths), kept=None)
+        return replace(row, input_ids=ids, prompt_lengths=torch.ones_like(row.prompt_lengths))
 
     def fill(self, **tensors: Tensor) -> "TrainBatch":
         """The batch with further streams; each may be written once."""
