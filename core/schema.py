@@ -165,8 +165,9 @@ class RolloutConfig(Section):
     """Longest response; a longer one is cut and its finish_reason is `length`."""
     temperature: float = Field(1.0, gt=0)
     """Divides the logits in sampling and in every log-prob of the learner."""
-    top_k: int | None = Field(None, ge=2)
-    """Draw each token from the so many most probable ones (and those that equal the last of them); null: from all."""
+    top_k: int | None = None
+    """Draw each token from the so many most probable ones, at least 2 (and those that equal the last of them); null:
+    from all."""
     top_p: float = Field(1.0, gt=0, le=1)
     """Of those, from the fewest whose probabilities reach this. 1: from all. What the filters keep goes with the
     response: the log-probs of policy and reference, entropies and losses are over the same tokens."""
@@ -183,17 +184,29 @@ class RolloutConfig(Section):
 
     @property
     def filters(self) -> dict[str, float]:
-        """The filters that are on. An engine that cannot say which tokens they kept must be refused with any."""
+        """Those of top_k, top_p and min_p that leave tokens out."""
         off = {"top_k": None, "top_p": 1.0, "min_p": 0.0}
         return {leaf: getattr(self, leaf) for leaf, value in off.items() if getattr(self, leaf) != value}
 
+    @property
+    def untold_filter(self) -> tuple[str, float, str] | None:
+        """Key, value and remedy, for an engine that does not say which tokens it kept; None where no filter is on."""
+        remedy = (
+            "this rollout engine does not say which tokens it kept, so the log-probs that are trained would be those of"
+            " another distribution than was sampled from; leave the filter out, or take the transformers engine"
+        )
+        return next(((f"rollout.{leaf}", value, remedy) for leaf, value in self.filters.items()), None)
+
     @model_validator(mode="after")
     def _fits(self) -> "RolloutConfig":
-        for text in self.stop_strings:
-            if not text or "\N{REPLACEMENT CHARACTER}" in text:
-                remedy = "each is at least a character, and none is U+FFFD, which stands for broken ones"
-                values = {"leaf": "stop_strings", "value": self.stop_strings, "remedy": remedy}
-                raise PydanticCustomError("within", "{remedy}", values)
+        def refuse(leaf: str, value: object, remedy: str) -> None:
+            raise PydanticCustomError("within", "{remedy}", {"leaf": leaf, "value": value, "remedy": remedy})
+
+        if self.top_k is not None and self.top_k < 2:
+            refuse("top_k", self.top_k, "is at least 2: of a token without a choice nothing is learnt; null is off")
+        if any(not text or "\N{REPLACEMENT CHARACTER}" in text for text in self.stop_strings):
+            remedy = "each is at least a character, and none is U+FFFD, which stands for broken ones"
+            refuse("stop_strings", self.stop_strings, remedy)
         return self
 
 

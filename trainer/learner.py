@@ -197,12 +197,10 @@ class Learner:
         return filled, self._compare(filled, entropy)
 
     def _refuse_untold_filters(self, batch: TrainBatch) -> None:
-        untold = [f"rollout.{leaf} = {value}" for leaf, value in self.cfg.rollout.filters.items()]
-        if untold and self.ranks.max(float(len(batch) > 0 and batch.kept is None)):
-            raise UserError(
-                f"{untold[0]}: this rollout engine does not say which tokens it kept, so the log-probs that are trained"
-                " would be those of another distribution than was sampled from; leave the filter out"
-            )
+        untold = self.cfg.rollout.untold_filter
+        if untold is not None and self.ranks.max(float(len(batch) > 0 and batch.kept is None)):
+            key, value, remedy = untold
+            raise UserError(f"{key} = {value}: {remedy}")
 
     def _reference_of(self, micro: TrainBatch, inputs: Inputs) -> Tensor:
         """[M] log-probs under the reference: computed here, or those that came with the rewards."""
