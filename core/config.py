@@ -200,6 +200,7 @@ FAMILIAR = {
     "total_steps": "run.steps",
     "output_dir": "run.dir",
     "max_tokens": "rollout.max_new_tokens",
+    "stop": "rollout.stop_strings",
     "num_generations": "rollout.n_samples_per_prompt",
 }
 

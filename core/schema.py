@@ -165,6 +165,16 @@ class RolloutConfig(Section):
     """Longest response; a longer one is cut and its finish_reason is `length`."""
     temperature: float = Field(1.0, gt=0)
     """Divides the logits in sampling and in every log-prob of the learner."""
+    top_k: int | None = None
+    """Draw each token from the so many most probable ones, at least 2 (and those that equal the last of them); null:
+    from all."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Of those, from the fewest whose probabilities reach this. 1: from all. What the filters keep goes with the
+    response: the log-probs of policy and reference, entropies and losses are over the same tokens."""
+    min_p: float = Field(0.0, ge=0, lt=1)
+    """Of those, from the ones at least this fraction as probable as the most probable one. 0: from all."""
+    stop_strings: list[str] = []
+    """A response also ends with the token that completes one of these in its text; the token stays in the response."""
     chunk_size: int = Field(32, ge=1)
     """Responses written together by one worker. Chunks are cut by prompt number, never by worker."""
     max_staleness: int = Field(0, ge=0)
@@ -176,6 +186,33 @@ class RolloutConfig(Section):
     """Deadline of one chunk, of a worker's start, and of its replacement."""
     max_worker_losses: int = Field(8, ge=0)
     """Workers of one learner process that may die or hang during the run before it stops."""
+
+    @property
+    def filters(self) -> dict[str, float]:
+        """Those of top_k, top_p and min_p that leave tokens out."""
+        off = {"top_k": None, "top_p": 1.0, "min_p": 0.0}
+        return {leaf: getattr(self, leaf) for leaf, value in off.items() if getattr(self, leaf) != value}
+
+    @property
+    def untold_filter(self) -> tuple[str, float, str] | None:
+        """Key, value and remedy, for an engine that does not say which tokens it kept; None where no filter is on."""
+        remedy = (
+            "this rollout engine does not say which tokens it kept, so the log-probs that are trained would be those of"
+            " another distribution than was sampled from; leave the filter out, or take the transformers engine"
+        )
+        return next(((f"rollout.{leaf}", value, remedy) for leaf, value in self.filters.items()), None)
+
+    @model_validator(mode="after")
+    def _fits(self) -> "RolloutConfig":
+        def refuse(leaf: str, value: object, remedy: str) -> None:
+            raise PydanticCustomError("within", "{remedy}", {"leaf": leaf, "value": value, "remedy": remedy})
+
+        if self.top_k is not None and self.top_k < 2:
+            refuse("top_k", self.top_k, "is at least 2: of a token without a choice nothing is learnt; null is off")
+        if any(not text or "\N{REPLACEMENT CHARACTER}" in text for text in self.stop_strings):
+            remedy = "each is at least a character, and none is U+FFFD, which stands for broken ones"
+            refuse("stop_strings", self.stop_strings, remedy)
+        return self
 
 
 class RewardConfig(Section):

@@ -37,6 +37,51 @@ class PromptRequest:
 
 
 @dataclass(frozen=True, kw_only=True)
+class KeptTokens:
+    """The ids that each token of a response was drawn from, where filters (top-k, top-p, min-p) left the others out.
+
+    Legend: K ids of all T tokens together. Four bytes an id: as compact as the filters are narrow. Example, the first
+    token out of three ids and the second out of one:
+
+        ids     [4, 9, 250, 13]
+        starts  [0, 3, 4]
+    """
+
+    ids: np.ndarray  # [K] int32, those of one token after those of the other, each once and ascending
+    starts: np.ndarray  # [T + 1] int64: those of token t are ids[starts[t] : starts[t + 1]]
+
+    @classmethod
+    def of(cls, sets: list[np.ndarray]) -> "KeptTokens":
+        """From the ids of each token: T arrays."""
+        sizes = np.fromiter(map(len, sets), dtype=np.int64, count=len(sets))
+        ids = np.concatenate(sets) if sets else np.zeros(0)
+        return cls(ids=ids.astype(np.int32), starts=np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64))
+
+    def __len__(self) -> int:
+        """Number of response tokens T."""
+        return len(self.starts) - 1
+
+    def __getitem__(self, t: int) -> np.ndarray:
+        """The ids that token t was drawn from."""
+        return self.ids[self.starts[t] : self.starts[t + 1]]
+
+    def dense(self, n_vocab: int) -> np.ndarray:
+        """[T, n_vocab] bool: True for the ids that each token was drawn from."""
+        out = np.zeros((len(self), n_vocab), dtype=bool)
+        out[np.repeat(np.arange(len(self)), np.diff(self.starts)), self.ids] = True
+        return out
+
+    def hold(self, ids: np.ndarray, mask: np.ndarray) -> bool:
+        """Whether each of `ids` ([T]) where `mask` ([T] bool) is one of those that it was drawn from."""
+        if len(ids) != len(self):
+            return False
+        token = np.repeat(np.arange(len(self)), np.diff(self.starts))
+        held = np.zeros(len(self), dtype=bool)
+        held[token[self.ids == ids[token]]] = True
+        return bool(held[mask].all())
+
+
+@dataclass(frozen=True, kw_only=True)
 class Trajectory:
     """One response, ragged, on the CPU. Each field has one writer (named here) and is written once.
 
@@ -44,7 +89,7 @@ class Trajectory:
 
         prompt_ids        [17, 10, 17, 28]
         response_ids      [ 19,    13,    0]       "4", ".", <eos>
-        rollout_logprobs  [-0.1,  -0.7, -0.2]      natural log, after temperature
+        rollout_logprobs  [-0.1,  -0.7, -0.2]      natural log, of what was sampled from: temperature, filters
         token_offsets     [(0,1), (1,2), (2,2)]    code points of "4."; special tokens are empty
         action_mask       [ 1,     1,    1]        0 on tokens the policy did not produce
         policy_version    [ 3,     3,    3]        weights that produced each token
@@ -59,6 +104,7 @@ class Trajectory:
     policy_version: np.ndarray  # [T] int64, rollout/worker
     finish_reason: FinishReason  # rollout/worker; an aborted response is never trained on
     finished_at: float  # rollout/worker, seconds since the epoch: for reports only, nothing is decided by it
+    kept: KeptTokens | None = None  # rollout engine; None: every token was drawn from the whole vocabulary
     component_rewards: dict[str, np.ndarray] = field(default_factory=dict)  # name -> [T] float64 raw, reward_server
     component_mask: dict[str, np.ndarray] = field(default_factory=dict)  # name -> [T] bool, False: does not apply
     ref_logprobs: np.ndarray | None = None  # [T] float32, reward_server, with `model.reference: reward_server`
@@ -67,6 +113,9 @@ class Trajectory:
     def __post_init__(self) -> None:
         for name in ("rollout_logprobs", "action_mask", "token_offsets", "policy_version"):
             assert len(getattr(self, name)) == len(self), f"{name} has {len(getattr(self, name))} of {len(self)} tokens"
+        assert self.kept is None or self.kept.hold(self.response_ids, self.action_mask), (
+            "a token is not among those it was drawn from"
+        )
 
     def __len__(self) -> int:
         """Number of response tokens T."""

@@ -14,6 +14,7 @@ from launch import early
 from launch.cluster import thread_plan
 from reward_server.client import RewardClient
 from reward_server.reference import ReferenceSpec
+from rollout.engines.sampling import Filters
 from rollout.engines.transformers_engine import TransformersEngine, stop_ids
 from rollout.group import RolloutGroup
 from rollout.prompts import (
@@ -223,6 +224,9 @@ def _group(cfg: Config, tokenizer: Any, device: str, note: Callable[[str], None]
         temperature=cfg.rollout.temperature,
         max_new_tokens=cfg.rollout.max_new_tokens,
         slots=cfg.rollout.slots,
+        filters=Filters(**cfg.rollout.filters) if cfg.rollout.filters else None,
+        stop_strings=tuple(cfg.rollout.stop_strings),
+        load_tokenizer=functools.partial(load_tokenizer, cfg.model.path),
     )
     _, threads = thread_plan(cfg)
 

@@ -129,6 +129,8 @@ class RewardServer:
             for t in trajectories
         ]
         request = ScoreRequest.from_trajectories(trajectories, texts)
+        if self._reference is not None:
+            self._reference.begin(trajectories)
         answers = self._scorer.score(request)
         references = self._reference.of(request) if self._reference is not None else [None] * len(trajectories)
         scored, failures = [], []

@@ -66,6 +66,16 @@ class OffsetMapper:
                 return text, offsets
         return text, self._offsets_from_prefixes(ids, text)
 
+    def text(self, ids: list[int]) -> str:
+        """The text of `ids` alone."""
+        return self._decode(ids)
+
+    def bytes_of(self, token_id: int) -> bytes | None:
+        """What a token adds to any text, b"" if it is never shown; None where that depends on the tokens around it."""
+        if self._rules is None or self._rules[1]:
+            return None
+        return self._contributions([token_id])[0]
+
     def _decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 

@@ -65,6 +65,7 @@ class RolloutWorker:
                     policy_version=np.full(n, self._weights.version, dtype=np.int64),
                     finish_reason=generation.finish_reason,
                     finished_at=time.time(),
+                    kept=generation.kept,
                 )
             )
         return trajectories, sum(len(t) for t in trajectories)

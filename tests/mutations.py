@@ -53,6 +53,9 @@ PACKING, MODEL, HEAD = (
 )
 VALUE_HEADS = ("tests/test_value_heads.py",)
 STALE, AHEAD = ("tests/test_stale.py",), ("tests/test_ahead.py",)
+DRAWS = ("tests/test_sampling.py::test_draws_follow_the_softmax_over_what_is_kept",)
+KEPT = ("tests/test_kept.py::test_caps_clips_and_kl_in_the_loss_work_on_them",)
+KEPT_HEAD = ("tests/test_kept.py::test_the_fused_head_is_autograd_over_masked_logits",)
 LEARN = ("tests/test_learn.py::test_a_token_for_each_position_is_learnt",)
 
 
@@ -69,7 +72,7 @@ BATCH_PY, PPO_PY, LOOP_PY = "trainer/batch.py", "trainer/ppo.py", "trainer/loop.
 COMBINE_PY, WEIGHTS_PY, RECEIVER_PY = "core/combine.py", "core/weights.py", "rollout/weight_receiver.py"
 LOGPROBS_PY, ENGINE_PY = "core/logprobs.py", "rollout/engines/transformers_engine.py"
 LEARNER_PY, MODEL_PY, OBJECTIVE_PY = "trainer/learner.py", "trainer/model.py", "trainer/objective.py"
-VALUE_HEADS_PY = "trainer/value_heads.py"
+VALUE_HEADS_PY, SAMPLING_PY, KEPT_PY = "trainer/value_heads.py", "rollout/engines/sampling.py", "trainer/kept.py"
 PACKING_PY, HEAD_PY, EXPORT_PY = "trainer/packing.py", "trainer/fused_head.py", "trainer/engine_weights.py"
 
 AHEAD_PY = "trainer/ahead.py"
@@ -364,8 +367,8 @@ MUTATIONS = [
     Mutation(
         "no temperature in the entropy",
         LOGPROBS_PY,
-        "logp = _log_softmax(logits, temperature)",
-        "logp = _log_softmax(logits, 1.0)",
+        "logp = _log_softmax(logits, temperature, keep)",
+        "logp = _log_softmax(logits, 1.0, keep)",
         LOGPROBS,
     ),
     Mutation(
@@ -377,16 +380,16 @@ MUTATIONS = [
     ),
     Mutation(
         "no temperature in the log-probs of the rollout",
-        ENGINE_PY,
-        "logprobs_from_logits(logits.unsqueeze(1), token, temperature)",
-        "logprobs_from_logits(logits.unsqueeze(1), token, 1.0)",
+        SAMPLING_PY,
+        "logprobs_from_logits(logits.unsqueeze(1), token, temperature, of_kept)",
+        "logprobs_from_logits(logits.unsqueeze(1), token, 1.0, of_kept)",
         ENGINE,
     ),
     Mutation(
         "no temperature in the sampling",
-        ENGINE_PY,
-        "torch.softmax(logits.double() / temperature, dim=-1)",
-        "torch.softmax(logits.double(), dim=-1)",
+        SAMPLING_PY,
+        "heated = logits.double() / temperature",
+        "heated = logits.double()",
         ENGINE,
     ),
     Mutation(
@@ -461,6 +464,42 @@ MUTATIONS = [
 # Of the files that know how a forward pass is laid out.
 
 OF_THE_LEARNER = [
+    # ------------------------------------------------ what is sampled from, and what is trained
+    Mutation(
+        "the learner ignores which ids were kept",
+        MODEL_PY,
+        "kept=None if batch.kept is None else KeptSets.of(batch.kept, mask, device)",
+        "kept=None",
+        KEPT,
+    ),
+    Mutation(
+        "the loss ignores which ids were kept, the old log-probs do not",
+        HEAD_PY,
+        "weight_c, bias_c, temperature, _left_out(kept, at, len(weight))",
+        "weight_c, bias_c, temperature, None",
+        KEPT_HEAD,
+    ),
+    Mutation(
+        "each token has the kept ids of the one before it",
+        KEPT_PY,
+        "row[t] for row",
+        "row[max(t - 1, 0)] for row",
+        KEPT,
+    ),
+    Mutation(
+        "the engine tells the log-prob of the unfiltered distribution",
+        SAMPLING_PY,
+        "of_kept = None if keep is None else keep.unsqueeze(1)",
+        "of_kept = None",
+        DRAWS,
+    ),
+    Mutation(
+        "top-p leaves out the id that reaches it",
+        SAMPLING_PY,
+        "before < top_p",
+        "(before + ascending < top_p) | (before == 0)",
+        DRAWS,
+    ),
     Mutation(
         "a mean of the means of micro-batches, policy",
         OBJECTIVE_PY,

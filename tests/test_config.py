@@ -105,6 +105,11 @@ def test_overrides_are_read_by_the_schema():
             ["ppo.bootstrap_cut = true", "wants a critic"],
         ),
         ({"ppo.estimator": "ppo"}, ["ppo.estimator", "'gae', 'reinforce_pp', 'rloo' or 'grpo'"]),
+        ({"rollout.top_p": "0"}, ["rollout.top_p", "greater than 0"]),
+        ({"rollout.top_k": "0"}, ["rollout.top_k = 0", "at least 2", "null is off"]),
+        ({"rollout.top_k": "1"}, ["rollout.top_k = 1", "nothing is learnt"]),
+        ({"rollout.min_p": "1"}, ["rollout.min_p", "less than 1"]),
+        ({"rollout.stop": "x"}, ["rollout.stop: there is no such key", "rollout.stop_strings"]),
         ({"ppo.kl_loss": "k1"}, ["ppo.kl_loss", "'k2' or 'k3'"]),
         ({"ppo.ptx_coef": "0.1"}, ["ppo.ptx_coef = 0.1", "data.ptx_path"]),
         ({"data.ptx_path": "texts.jsonl"}, ["data.ptx_path", "ppo.ptx_coef"]),
@@ -178,3 +183,15 @@ def test_the_page_of_keys_is_generated_and_whole():
         assert f"| `{leaf}` |" in page.split(f"## {head}\n")[1].split("\n## ")[0]
     assert "| `gamma` | float | `1.0` | >= 0, <= 1 | Discount per token. |" in page
     assert all(len(re.findall(r"(?<!\\)\|", line)) == 6 for line in page.splitlines() if line.startswith("| `"))
+
+
+def test_filters_that_are_on_are_named_for_an_engine_that_cannot_say_what_they_kept():
+    assert load(None, LEAST).rollout.untold_filter is None
+    rollout = load(None, LEAST | {"rollout.top_p": "0.9", "rollout.stop_strings": ["x"]}).rollout
+    key, value, remedy = rollout.untold_filter
+    assert (key, value) == ("rollout.top_p", 0.9) and "leave the filter out" in remedy
+    assert rollout.filters == {"top_p": 0.9}
+    assert load(None, LEAST | {"rollout.top_k": "5", "rollout.min_p": "0.1"}).rollout.filters == {
+        "top_k": 5,
+        "min_p": 0.1,
+    }

@@ -10,12 +10,13 @@ import torch
 
 import tiny_models
 from core.faults import UserError
-from core.trajectory import PromptRequest
+from core.trajectory import KeptTokens, PromptRequest
 from rollout.engines.engine import Begun
-from rollout.engines.transformers_engine import TransformersEngine, sample, stop_ids, uniforms
+from rollout.engines.sampling import Filters, sample
+from rollout.engines.transformers_engine import TransformersEngine, stop_ids, uniforms
 
 
-def engine(name: str, temperature: float = 1.0, max_new_tokens: int = 24, **more: int) -> TransformersEngine:
+def engine(name: str, temperature: float = 1.0, max_new_tokens: int = 24, **more: object) -> TransformersEngine:
     stop = tuple(range(30)) if more.pop("often", False) else (0, 7)
     return TransformersEngine(
         tiny_models.make_model(name), stop, temperature=temperature, max_new_tokens=max_new_tokens, **more
@@ -62,22 +63,31 @@ def test_ids_do_not_depend_on_the_number_of_slots(name):
             np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-5)
 
 
+@pytest.mark.parametrize("filters", [None, Filters(top_p=0.8)])
 @pytest.mark.parametrize("in_slots", [True, False])
 @pytest.mark.parametrize("name", ["llama-tied", "gpt2"])
-def test_a_response_that_was_begun_goes_on_as_if_it_had_not_been_left(name, in_slots):
+def test_a_response_that_was_begun_goes_on_as_if_it_had_not_been_left(name, in_slots, filters):
     """Cut anywhere, by itself or beside others that were cut elsewhere: the same ids, and what was there is kept."""
-    served, asked = engine(name, often=True, slots=5), tiny_models.make_requests(12)
+    served, asked = engine(name, often=True, slots=5, filters=filters), tiny_models.make_requests(12)
     served.in_slots = in_slots
     want = served.generate(asked)
     cuts = [None if i % 4 == 0 else (i * 5) % len(g.response_ids) for i, g in enumerate(want)]
     assert len(set(cuts)) > 4
     begun = [
-        None if cut is None else Begun(response_ids=g.response_ids[:cut], logprobs=g.logprobs[:cut] - 1)
+        None
+        if cut is None
+        else Begun(
+            response_ids=g.response_ids[:cut],
+            logprobs=g.logprobs[:cut] - 1,
+            kept=None if filters is None else KeptTokens.of([g.kept[t] for t in range(cut)]),
+        )
         for cut, g in zip(cuts, want, strict=True)
     ]
     for cut, before, after in zip(cuts, want, served.generate(asked, begun), strict=True):
         assert after.response_ids.tolist() == before.response_ids.tolist()
         assert after.finish_reason == before.finish_reason
+        if filters is not None:
+            assert after.kept.starts.tolist() == before.kept.starts.tolist()
         left = cut or 0
         assert after.logprobs[:left].tolist() == (before.logprobs[:left] - 1).tolist()
         np.testing.assert_allclose(after.logprobs[left:], before.logprobs[left:], atol=1e-5)
@@ -183,7 +193,7 @@ def test_uniforms_are_counter_based():
 def test_samples_follow_the_softmax_at_the_temperature():
     logits, temperature, n = torch.tensor([0.0, 1.0, -1.0, 2.0, -200.0]), 0.7, 40_000
     random = torch.from_numpy(np.random.default_rng(0).random(n))
-    token, logprob = sample(logits.expand(n, -1), random, temperature)
+    token, logprob, _ = sample(logits.expand(n, -1), random, temperature)
     want = torch.softmax(logits.double() / temperature, -1)
     assert token.max() <= 3  # exp(-200) never comes
     expected = (want[:4] * n).numpy()
@@ -194,7 +204,7 @@ def test_samples_follow_the_softmax_at_the_temperature():
 
 def test_the_ends_of_the_random_numbers_pick_possible_tokens():
     logits = torch.tensor([[-torch.inf, 0.0, 0.0, -torch.inf]] * 2)
-    token, _ = sample(logits, torch.tensor([0.0, np.nextafter(1.0, 0.0)], dtype=torch.float64), 1.0)
+    token, _, _ = sample(logits, torch.tensor([0.0, np.nextafter(1.0, 0.0)], dtype=torch.float64), 1.0)
     assert token.tolist() == [1, 2]
 
 

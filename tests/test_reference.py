@@ -16,6 +16,7 @@ from core.schema import RewardConfig
 from core.trajectory import Trajectory
 from reward_server.reference import ReferenceSpec
 from reward_server.server import RewardServer
+from rollout.engines.sampling import Filters
 from rollout.engines.transformers_engine import TransformersEngine
 from rollout.offsets import OffsetMapper
 from trainer.batch import TrainBatch
@@ -33,11 +34,10 @@ def fresh_accelerate():
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def written(n: int = 6) -> list[Trajectory]:
+def written(n: int = 6, filters: Filters | None = None) -> list[Trajectory]:
     """Unscored responses of the model, with the offsets that a worker gives."""
-    engine = TransformersEngine(
-        tiny_models.make_model("llama-tied"), tuple(range(30)), temperature=0.8, max_new_tokens=9
-    )
+    model = tiny_models.make_model("llama-tied")
+    engine = TransformersEngine(model, tuple(range(30)), temperature=0.8, max_new_tokens=9, filters=filters)
     mapper = OffsetMapper(tiny_models.make_tokenizer())
     rows = tiny_models.roll_out(engine, n)
     return [
@@ -67,15 +67,20 @@ def by_hand(t: Trajectory, temperature: float) -> torch.Tensor:
     p = len(t.request.prompt_ids)
     with torch.no_grad():
         logits = tiny_models.make_model("llama-tied")(input_ids=ids[None]).logits[0, p - 1 : -1]
+    if t.kept is not None and temperature != 1.0:
+        logits = logits.masked_fill(~torch.from_numpy(t.kept.dense(logits.shape[-1])), -torch.inf)
     return (logits / temperature).log_softmax(-1)[torch.arange(len(t)), ids[p:]]
 
 
+@pytest.mark.parametrize("filters", [None, Filters(top_p=0.8)])
 @pytest.mark.parametrize("shared", [True, False])
-def test_its_log_probs_are_the_models_after_temperature(folder, shared):
+def test_its_log_probs_are_the_models_after_temperature_and_filters(folder, shared, filters):
     it = server(folder, fluency(folder) if shared else length())
-    scored, failures = it.score(written())
+    it.score(written(2, Filters(top_k=2)))  # what these were drawn from is forgotten
+    scored, failures = it.score(written(filters=filters))
     assert not failures and len(scored) == 6
     for t in scored:
+        assert (t.kept is None) == (filters is None)
         assert t.ref_logprobs.dtype == np.float32
         np.testing.assert_allclose(t.ref_logprobs, by_hand(t, 0.8), atol=1e-5)
         if shared:  # the component's own numbers stay at temperature 1
@@ -110,9 +115,10 @@ def test_a_reference_that_does_not_load_is_one_line(tmp_path):
         server(tmp_path, length()).hello()
 
 
-def test_the_learner_takes_what_came_with_the_rewards(folder):
+@pytest.mark.parametrize("filters", [None, Filters(top_p=0.8)])
+def test_the_learner_takes_what_came_with_the_rewards(folder, filters):
     """The same KL as with a copy of its own; a learner of that kind holds no reference, and misses one at once."""
-    scored, _ = server(folder, length()).score(written())
+    scored, _ = server(folder, length()).score(written(filters=filters))
     results = {}
     for kind in ("copy", "reward_server"):
         settings = {
@@ -121,14 +127,15 @@ def test_the_learner_takes_what_came_with_the_rewards(folder):
             "rollout.batch_size": 6,
             "ppo.mini_batch_size": 6,
             "ppo.micro_batch_size": 4,
+            "rollout.top_p": 1.0 if filters is None else filters.top_p,
         }
         cfg = load(None, tiny_models.LEARNER_SETTINGS | settings, folder=Path("/nowhere"))
         ref = tiny_models.make_model("llama-tied") if kind == "copy" else None
         it = Learner(cfg, Accelerator(cpu=True), tiny_models.make_model("llama-tied"), ref)
-        rows = scored if kind == "reward_server" else written()
+        rows = scored if kind == "reward_server" else written(filters=filters)
         batch, means = it.annotate(TrainBatch.collate(rows, []))
         results[kind] = batch.ref_logprobs, means["objective/kl"]
     torch.testing.assert_close(results["reward_server"][0], results["copy"][0], atol=1e-5, rtol=0, check_dtype=False)
     assert results["reward_server"][1] == pytest.approx(results["copy"][1], abs=1e-4)
     with pytest.raises(AssertionError, match="no reference came with the rewards"):
-        it.annotate(TrainBatch.collate(written(), []))
+        it.annotate(TrainBatch.collate(written(filters=filters), []))

@@ -105,6 +105,7 @@ def roll_out(engine: TransformersEngine, n: int) -> list[Trajectory]:
                 policy_version=np.zeros(t, dtype=np.int64),
                 finish_reason=g.finish_reason,
                 finished_at=0.0,
+                kept=g.kept,
                 component_rewards={"a": rng.normal(size=t)},
                 component_mask={"a": np.ones(t, dtype=bool)},
             )

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from core.trajectory import Trajectory
+from core.trajectory import KeptTokens, Trajectory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +34,7 @@ class TrainBatch:
     policy_version: Tensor  # [B, T] int64
     component_rewards: dict[str, Tensor]  # name -> [B, T] float64, raw
     component_mask: dict[str, Tensor]  # name -> [B, T] bool
+    kept: tuple[KeptTokens, ...] | None = None  # B of [T]; None: tokens were drawn from the whole vocabulary
     normalized_rewards: dict[str, Tensor] | None = None  # name -> [B, T] core/combine, in the loop
     token_rewards: Tensor | None = None  # [B, T] core/combine, in the loop
     old_logprobs: Tensor | None = None  # [B, T] trainer/learner.annotate
@@ -79,6 +80,8 @@ class TrainBatch:
             row[p - len(t.request.prompt_ids) :] = t.request.prompt_ids
         components = list(trajectories[0].component_rewards if components is None else components)
         given = bool(trajectories) and all(t.ref_logprobs is not None for t in trajectories)
+        kept = tuple(t.kept for t in trajectories if t.kept is not None)
+        assert len(kept) in (0, len(trajectories)), f"{len(kept)} of {len(trajectories)} responses have kept tokens"
         rewards = {n: [t.component_rewards[n] for t in trajectories] for n in components}
         masks = {n: [t.component_mask[n] for t in trajectories] for n in components}
         return cls(
@@ -95,6 +98,7 @@ class TrainBatch:
             ref_logprobs=right([t.ref_logprobs for t in trajectories], np.float32) if given else None,
             component_rewards={n: right(arrays, np.float64) for n, arrays in rewards.items()},
             component_mask={n: right(arrays, np.bool_) for n, arrays in masks.items()},
+            kept=kept or None,
         )
 
     def idle(self) -> "TrainBatch":
@@ -106,6 +110,8 @@ class TrainBatch:
                 return {key: blank(value) for key, value in x.items()}
             if isinstance(x, Tensor):
                 return torch.zeros((1, 1) if x.ndim == 2 else 1, dtype=x.dtype, device=x.device)
+            if isinstance(x, tuple):
+                return None  # no token was drawn from anything
             return x[:0] if isinstance(x, np.ndarray) else x
 
         row = replace(self, **{f.name: blank(getattr(self, f.name)) for f in fields(self)})
@@ -139,6 +145,8 @@ class TrainBatch:
                 return {key: pick("", value) for key, value in x.items()}
             if isinstance(x, Tensor):
                 return x[at, :new_t] if x.ndim == 2 else x[at]
+            if isinstance(x, tuple):
+                return tuple(x[i] for i in index)
             return x
 
         assert new_t <= t

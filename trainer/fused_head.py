@@ -1,7 +1,8 @@
 """Log-probs, entropies and the gradient of a loss over tokens, without ever holding [tokens, vocabulary].
 
 Legend: M tokens, H hidden width, V vocabulary, c tokens of one chunk. z = (states @ weight^T + bias) / temperature,
-p = softmax(z), logp its log, a the sampled token, E = -sum p logp the entropy.
+p = softmax(z), logp its log, a the sampled token, E = -sum p logp the entropy. Where tokens were drawn from kept ids
+alone, z of the others is LEFT_OUT: then p and with it d z below are exactly 0 there.
 
 The loss of a token depends on the logits through its log-prob l and its entropy E alone. With g = d loss / d l and
 h = d loss / d E, both [c] and found by autograd on those two small vectors,
@@ -17,6 +18,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from core.logprobs import LEFT_OUT
+from trainer.kept import KeptSets
 from trainer.objective import add_up
 
 # Log-probs [c], entropies [c] or None, which of the M tokens they are -> the loss (a sum over them), sums for the log.
@@ -30,13 +33,16 @@ def chunk_size(n_vocab: int, device: torch.device) -> int:
     return max(16, _CHUNK_BYTES.get(device.type, 64 << 20) // (4 * n_vocab))
 
 
-def score(layer: nn.Module, states: Tensor, token: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def score(
+    layer: nn.Module, states: Tensor, token: Tensor, temperature: float, kept: KeptSets | None = None
+) -> tuple[Tensor, Tensor]:
     """Log-probs and entropies of tokens under the output layer of a causal LM. No gradient.
 
     Args:
         layer: has `weight` [V, H] and `bias` [V] or None.
         states: [M, H], what the layer would read before each token.
         token: [M] int64.
+        kept: of the M tokens; None: all ids.
     Returns:
         [M] and [M] in nats, float32 or wider.
     """
@@ -48,7 +54,7 @@ def score(layer: nn.Module, states: Tensor, token: Tensor, temperature: float) -
         size = chunk_size(len(weight), states.device)
         for start in range(0, len(states), size):
             at = slice(start, start + size)
-            logp = _log_softmax(states[at], weight, bias, temperature)
+            logp = _log_softmax(states[at], weight, bias, temperature, _left_out(kept, at, len(weight)))
             logprobs[at], entropies[at] = logp.gather(1, token[at, None]).squeeze(1), _entropy(logp)
     return logprobs, entropies
 
@@ -61,6 +67,7 @@ def loss_of_tokens(
     token_loss: TokenLoss,
     *,
     with_entropy: bool,
+    kept: KeptSets | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The sum of `token_loss` over all chunks, differentiable in `states` and the layer; and the sums of its log.
 
@@ -68,13 +75,14 @@ def loss_of_tokens(
     (`objective.add_up`). It is asked of an empty chunk where there is no token. The other arguments as in `score`.
     """
     parts: list[dict[str, Tensor]] = []
-    loss = _ChunkedLoss.apply(states, layer.weight, layer.bias, token, temperature, token_loss, with_entropy, parts)
+    how = (token, temperature, token_loss, with_entropy, kept, parts)
+    loss = _ChunkedLoss.apply(states, layer.weight, layer.bias, *how)
     return loss, add_up(parts)
 
 
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, states, weight, bias, token, temperature, token_loss, with_entropy, parts):  # noqa: ANN001, ANN205
+    def forward(ctx, states, weight, bias, token, temperature, token_loss, with_entropy, kept, parts):  # noqa: ANN001, ANN205
         weight_c, bias_c = weight.to(states.dtype), None if bias is None else bias.to(states.dtype)
         for_states, for_weight, for_bias = ctx.needs_input_grad[:3]
         d_states = torch.empty_like(states) if for_states else None
@@ -84,7 +92,7 @@ class _ChunkedLoss(torch.autograd.Function):
         size = chunk_size(len(weight), states.device)
         for start in range(0, max(1, len(states)), size):
             at = slice(start, min(start + size, len(states)))
-            logp = _log_softmax(states[at], weight_c, bias_c, temperature)
+            logp = _log_softmax(states[at], weight_c, bias_c, temperature, _left_out(kept, at, len(weight)))
             ids = token[at, None]
             l = logp.gather(1, ids).squeeze(1).requires_grad_()  # noqa: E741
             e = _entropy(logp).requires_grad_() if with_entropy else None
@@ -112,17 +120,25 @@ class _ChunkedLoss(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, upstream):  # noqa: ANN001, ANN205
         grads, ctx.grads = ctx.grads, None  # autograd may then keep these very buffers as .grad
-        return (*(None if x is None else x.mul_(upstream.to(x.dtype)) for x in grads), *(None,) * 5)
+        return (*(None if x is None else x.mul_(upstream.to(x.dtype)) for x in grads), *(None,) * 6)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
 
 
-def _log_softmax(states: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
+def _left_out(kept: KeptSets | None, at: slice, n_vocab: int) -> Tensor | None:
+    """[c, V] bool."""
+    return None if kept is None else kept.keep(at, n_vocab).logical_not_()
+
+
+def _log_softmax(
+    states: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, left_out: Tensor | None
+) -> Tensor:
     """[c, V], float32 or wider. The product is rounded to the dtype of the states, as the LM rounds its logits."""
     logits = torch.nn.functional.linear(states, weight, bias).to(_wide(states.dtype))
-    return torch.log_softmax(logits / temperature if temperature != 1.0 else logits, dim=-1)
+    heated = logits / temperature if temperature != 1.0 else logits
+    return torch.log_softmax(heated if left_out is None else heated.masked_fill_(left_out, LEFT_OUT), dim=-1)
 
 
 def _entropy(logp: Tensor) -> Tensor:

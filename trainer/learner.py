@@ -164,8 +164,10 @@ class Learner:
 
         Returns the batch and sums over valid tokens as means: objective/kl (nats per response), objective/entropy,
         logprob_diff/{mean,max}. Raises InvariantFault (with `run.checks`) if workers and learner disagree on the
-        log-probs, or policy and reference before the first update.
+        log-probs, or policy and reference before the first update; UserError if workers filtered what they sampled
+        from and do not say how.
         """
+        self._refuse_untold_filters(batch)
         mask, dtype = batch.response_mask, self.policy.value_head.weight.dtype
         heads = self.cfg.value_heads
         old, ref, entropy = (torch.zeros(mask.shape, dtype=dtype) for _ in range(3))
@@ -193,6 +195,12 @@ class Learner:
         else:
             filled = filled.fill(values=values.squeeze(-1), bootstrap_values=after.squeeze(-1))
         return filled, self._compare(filled, entropy)
+
+    def _refuse_untold_filters(self, batch: TrainBatch) -> None:
+        untold = self.cfg.rollout.untold_filter
+        if untold is not None and self.ranks.max(float(len(batch) > 0 and batch.kept is None)):
+            key, value, remedy = untold
+            raise UserError(f"{key} = {value}: {remedy}")
 
     def _reference_of(self, micro: TrainBatch, inputs: Inputs) -> Tensor:
         """[M] log-probs under the reference: computed here, or those that came with the rewards."""

@@ -25,6 +25,7 @@ from core.schema import ModelConfig
 from trainer import adapters, fused_head
 from trainer.batch import TrainBatch
 from trainer.fused_head import TokenLoss
+from trainer.kept import KeptSets
 from trainer.packing import ATTENTION, Packed, pack, take_rows
 
 # Settings by which some models change their logits after the output layer, where that shows on trained weights only.
@@ -47,11 +48,20 @@ class Inputs:
     prompt_lengths: Tensor  # [S]
     response_lengths: Tensor  # [S]
     mask: Tensor  # [S, T]
+    kept: KeptSets | None = None  # of the M scored tokens; None: drawn from the whole vocabulary
 
     @property
     def token(self) -> Tensor:
         """[M] the scored tokens."""
         return self.packed.token if self.packed is not None else self.input_ids[:, -self.mask.shape[1] :][self.mask]
+
+    def score_logits(
+        self, logits: Tensor, temperature: float, *, with_entropy: bool = True
+    ) -> tuple[Tensor, Tensor | None]:
+        """Log-probs and entropies [M] from whole logits [M, V], over the kept ids."""
+        keep = None if self.kept is None else self.kept.keep(slice(None), logits.shape[-1])
+        logprobs = logprobs_from_logits(logits, self.token, temperature, keep)
+        return logprobs, entropy_from_logits(logits, temperature, keep) if with_entropy else None
 
 
 def inputs_of(batch: TrainBatch, device: torch.device, *, packed: bool) -> Inputs:
@@ -64,6 +74,7 @@ def inputs_of(batch: TrainBatch, device: torch.device, *, packed: bool) -> Input
         prompt_lengths=batch.prompt_lengths.to(device),
         response_lengths=batch.response_lengths.to(device),
         mask=mask.to(device),
+        kept=None if batch.kept is None else KeptSets.of(batch.kept, mask, device),
     )
 
 
@@ -139,9 +150,9 @@ class CausalForward:
         with torch.no_grad():
             if not self.fused:
                 *_, logits = self.own_logits(inputs)
-                return logprobs_from_logits(logits, inputs.token, temperature), entropy_from_logits(logits, temperature)
+                return inputs.score_logits(logits, temperature)
             states, _ = self.states(inputs)
-            return fused_head.score(self.head, self.for_head(states), inputs.token, temperature)
+            return fused_head.score(self.head, self.for_head(states), inputs.token, temperature, inputs.kept)
 
     def for_head(self, states: Tensor) -> Tensor:
         """States in the dtype in which the output layer computes: norms leave float32 behind them under autocast."""
@@ -328,23 +339,23 @@ class PolicyWithValueHead(nn.Module):
                 logits = None
             else:
                 states, after, logits = self.reader.own_logits(inputs)
-            head, token = self.reader.head, inputs.token
-            if token_loss is None:
-                if logits is None:
-                    first, entropy = fused_head.score(head, self.reader.for_head(states), token, temperature)
-                else:
-                    first = logprobs_from_logits(logits, token, temperature)
-                    entropy = entropy_from_logits(logits, temperature)
-                sums = {}
+            entropy, sums = None, {}
+            if logits is not None:
+                first, entropy = inputs.score_logits(
+                    logits, temperature, with_entropy=token_loss is None or with_entropy
+                )
+                if token_loss is not None:
+                    first, sums = token_loss(first, entropy, slice(None))
+                    entropy = None
             else:
-                entropy = None
-                if logits is None:
-                    first, sums = fused_head.loss_of_tokens(
-                        head, self.reader.for_head(states), token, temperature, token_loss, with_entropy=with_entropy
-                    )
+                head, states_of_head = self.reader.head, self.reader.for_head(states)
+                given = head, states_of_head, inputs.token, temperature
+                if token_loss is None:
+                    first, entropy = fused_head.score(*given, inputs.kept)
                 else:
-                    of_tokens = entropy_from_logits(logits, temperature) if with_entropy else None
-                    first, sums = token_loss(logprobs_from_logits(logits, token, temperature), of_tokens, slice(None))
+                    first, sums = fused_head.loss_of_tokens(
+                        *given, token_loss, with_entropy=with_entropy, kept=inputs.kept
+                    )
         return first, self._values(inputs, states, after, value_only), entropy, sums
 
     def _values(self, inputs: Inputs, states: Tensor, after: Tensor, value_only: bool) -> Tensor:

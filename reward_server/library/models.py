@@ -17,8 +17,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
-
 from core.faults import RewardFault
 from reward_server.components import ScoreRequest
 from reward_server.placing import Span
@@ -62,8 +60,7 @@ class Fluency:
         self._center = center
         self._options = _Options(model, batch_size, dtype, max_tokens)
         self._policy_tokenizer = policy_tokenizer
-        self._temperature: float | None = None
-        self._kept: dict[str, np.ndarray] = {}
+        self._show: Callable[[str, Tensor, Tensor], None] | None = None
 
     def setup(self, device: str) -> None:
         """Loads the model. Raises ValueError where its weights or its vocabulary do not fit."""
@@ -74,15 +71,14 @@ class Fluency:
         """Whether its numbers are those of that model in that dtype."""
         return (self._options.model, self._options.dtype) == (model, dtype)
 
-    def keep_logprobs(self, temperature: float, into: dict[str, np.ndarray]) -> None:
-        """Have each `score` leave the log-probs at `temperature` of its samples, [T] float32 by uid, in `into`, which
-        it empties first: the reference of the policy, out of the same forward."""
-        self._temperature, self._kept = temperature, into
+    def show_logits(self, to: "Callable[[str, Tensor, Tensor], None]") -> None:
+        """Have each `score` call `to` with the uid of each sample it reads, the logits [T, V] of the response, and its
+        ids [T]: the reference of the policy, out of the same forward."""
+        self._show = to
 
     def score(self, batch: ScoreRequest) -> list[Entry]:
         """B entries, each T floats."""
-        entropic = self._center == "entropy"
-        self._kept.clear()
+        entropic, show = self._center == "entropy", self._show
 
         def entry(logprobs: list[float], entropies: list[float]) -> Entry:
             if entropic:
@@ -90,11 +86,9 @@ class Fluency:
             return [logprob - self._center for logprob in logprobs]
 
         rows, entries = _prepared(batch, lambda i: _ids_row(self._loaded, batch, i, needs_prompt=True))
-        numbers = _token_logprobs(self._loaded, rows, with_entropy=entropic, temperature=self._temperature)
-        for i, (logprobs, entropies, heated) in numbers:
+        also = None if show is None else lambda i, logits, ids: show(batch.uids[i], logits, ids)
+        for i, (logprobs, entropies) in _token_logprobs(self._loaded, rows, with_entropy=entropic, also=also):
             entries[i] = entry(logprobs, entropies)
-            if heated is not None:
-                self._kept[batch.uids[i]] = heated
         return entries
 
     def close(self) -> None:
@@ -806,10 +800,14 @@ def _whole_scores(loaded: _Loaded, rows: dict[Any, _Row]) -> Iterator[tuple[Any,
 
 
 def _token_logprobs(
-    loaded: _Loaded, rows: dict[int, _Row], *, with_entropy: bool = False, temperature: float | None = None
-) -> Iterator[tuple[int, tuple[list[float], list[float], np.ndarray | None]]]:
-    """For each row the T log-probs of its response tokens and, if wanted, the T entropies they were drawn with, and the
-    log-probs after `temperature` ([T] float32).
+    loaded: _Loaded,
+    rows: dict[int, _Row],
+    *,
+    with_entropy: bool = False,
+    also: "Callable[[int, Tensor, Tensor], None] | None" = None,
+) -> Iterator[tuple[int, tuple[list[float], list[float]]]]:
+    """For each row the T log-probs of its response tokens and, if wanted, the T entropies they were drawn with. `also`
+    gets to see the number of the row, its logits [T, V] and ids [T].
 
     The logits of position N-1 score token N: those of response token t stand at start + t - 1.
     """
@@ -828,10 +826,9 @@ def _token_logprobs(
             these = logits[r, start - 1 - skipped : n - 1 - skipped]  # [T, V]; one row at a time is raised to fp32
             logprobs = logprobs_from_logits(these, ids[r, start:n]).double().tolist()
             entropies = entropy_from_logits(these).double().tolist() if with_entropy else []
-            heated = None
-            if temperature is not None:
-                heated = logprobs_from_logits(these, ids[r, start:n], temperature).float().cpu().numpy()
-            yield key, (logprobs, entropies, heated)
+            if also is not None:
+                also(key, these, ids[r, start:n])
+            yield key, (logprobs, entropies)
 
 
 def _wide(values: "Tensor") -> "Tensor":

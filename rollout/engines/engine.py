@@ -6,14 +6,15 @@ from typing import Protocol
 import numpy as np
 from torch import Tensor
 
-from core.trajectory import FinishReason, PromptRequest
+from core.trajectory import FinishReason, KeptTokens, PromptRequest
 
 
 @dataclass(frozen=True, kw_only=True)
 class Generation:
     response_ids: np.ndarray  # [T] int64, the stop token included
-    logprobs: np.ndarray  # [T] float32, of the distribution that was sampled from: after temperature
+    logprobs: np.ndarray  # [T] float32, of the distribution that was sampled from: after temperature and filters
     finish_reason: FinishReason
+    kept: KeptTokens | None = None  # which ids each token was drawn from; None: from the whole vocabulary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +23,7 @@ class Begun:
 
     response_ids: np.ndarray  # [t] int64
     logprobs: np.ndarray  # [t] float32, kept as they are
+    kept: KeptTokens | None = None  # of [t] where the engine filters; no ids for tokens that nothing was drawn for
 
 
 class Engine(Protocol):
@@ -34,7 +36,10 @@ class Engine(Protocol):
         ...
 
     def logprobs(self, prompt_ids: np.ndarray, response_ids: np.ndarray) -> np.ndarray:
-        """Log-probs of given responses under the weights in use: [B, P], [B, T] int64 without padding -> [B, T]."""
+        """Log-probs of given responses under the weights in use: [B, P], [B, T] int64 without padding -> [B, T].
+
+        After temperature, over the whole vocabulary: the responses were not drawn here.
+        """
         ...
 
     def live_tensors(self) -> dict[str, Tensor]:

@@ -10,9 +10,10 @@ Nothing of the checkpoint's generation config reaches the sampling (no top_p, no
 """
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,10 +23,12 @@ from transformers import AutoConfig, DynamicCache, GenerationConfig
 from core.faults import UserError
 from core.logprobs import logprobs_from_logits
 from core.pretrained import load_causal_lm
-from core.trajectory import PromptRequest
+from core.trajectory import KeptTokens, PromptRequest
 from core.weights import named_tensors
 from rollout.engines.engine import Begun, Generation
+from rollout.engines.sampling import Filters, sample
 from rollout.engines.slots import ATTENTION, Prompts, Slots, Tokens
+from rollout.stop_strings import StopStrings
 
 
 def uniforms(request: PromptRequest, n: int) -> np.ndarray:
@@ -60,20 +63,30 @@ class _Responses:
     lengths: Tensor  # [B]
     stopped: Tensor  # [B] bool
     begun: Tensor  # [B] tokens that were there before
+    kept: list[list[np.ndarray]] | None  # of each request, of each token: the ids it was drawn from; None: no filter
 
     @classmethod
     def of(
-        cls, requests: list[PromptRequest], begun: list[Begun | None], steps: int, device: torch.device
+        cls,
+        requests: list[PromptRequest],
+        begun: list[Begun | None],
+        steps: int,
+        device: torch.device,
+        *,
+        filtered: bool,
     ) -> "_Responses":
         n = len(requests)
         ids, logprobs = torch.zeros((n, steps), dtype=torch.long), torch.zeros((n, steps), dtype=torch.float32)
         starts = torch.zeros(n, dtype=torch.long)
+        kept: list[list[np.ndarray]] = [[] for _ in requests]
         for i, start in enumerate(begun):
             if start is not None:
                 starts[i] = len(start.response_ids)
                 assert starts[i] < steps, f"a response of {steps} tokens was begun with {starts[i]}"
                 ids[i, : starts[i]] = torch.tensor(start.response_ids)
                 logprobs[i, : starts[i]] = torch.tensor(start.logprobs)
+                if filtered:
+                    kept[i] = [start.kept[t] for t in range(len(start.kept))]
         return cls(
             random=torch.from_numpy(np.stack([uniforms(r, steps) for r in requests])).to(device),
             ids=ids.to(device),
@@ -81,7 +94,17 @@ class _Responses:
             lengths=torch.full((n,), steps, device=device),
             stopped=torch.zeros(n, dtype=torch.bool, device=device),
             begun=starts.to(device),
+            kept=kept if filtered else None,
         )
+
+    def write(self, request: Tensor, number: Tensor | int, token: Tensor, logprob: Tensor, keep: Tensor | None) -> None:
+        """Token `number` of each `request`, all [B]; `keep` [B, V] bool."""
+        self.ids[request, number], self.logprobs[request, number] = token, logprob
+        if keep is not None:
+            ids = keep.nonzero()[:, 1].int().cpu().numpy()
+            sets = np.split(ids, keep.sum(-1).cumsum(-1)[:-1].cpu().numpy())
+            for row, kept in zip(request.tolist(), sets, strict=True):
+                self.kept[row].append(kept)
 
     def generations(self) -> list[Generation]:
         ids, logprobs = self.ids.cpu().numpy(), self.logprobs.cpu().numpy()
@@ -90,6 +113,7 @@ class _Responses:
                 response_ids=ids[i, :length].copy(),
                 logprobs=logprobs[i, :length].copy(),
                 finish_reason="stop" if stop else "length",
+                kept=None if self.kept is None else KeptTokens.of(self.kept[i]),
             )
             for i, (length, stop) in enumerate(zip(self.lengths.tolist(), self.stopped.tolist(), strict=True))
         ]
@@ -104,10 +128,14 @@ class TransformersEngine:
         temperature: float,
         max_new_tokens: int,
         slots: int = 64,
+        filters: Filters | None = None,
+        stop_strings: StopStrings | None = None,
     ) -> None:
-        """`slots`: most responses that are written side by side; no id depends on it."""
+        """`slots`: most responses that are written side by side; no id depends on it. `stop`, `stop_strings`: ids and
+        strings that end a response."""
         self.model = model.eval()
         self.temperature, self.max_new_tokens, self.slots = temperature, max_new_tokens, slots
+        self.filters, self._stop_strings = filters, stop_strings
         self.device = next(model.parameters()).device
         self._stop = torch.tensor(stop, device=self.device)
         # Models without absolute or rotary positions (ALiBi) take none; they read the attention mask.
@@ -126,9 +154,15 @@ class TransformersEngine:
         temperature: float,
         max_new_tokens: int,
         slots: int = 64,
+        filters: Filters | None = None,
+        stop_strings: tuple[str, ...] = (),
+        load_tokenizer: Callable[[], Any] | None = None,
     ) -> "TransformersEngine":
+        """`load_tokenizer` is asked only where there are stop strings."""
         model = load_causal_lm(path, getattr(torch, dtype)).to(device)
-        engine = cls(model, stop, temperature=temperature, max_new_tokens=max_new_tokens, slots=slots)
+        strings = StopStrings(list(stop_strings), load_tokenizer()) if stop_strings else None
+        settings = {"temperature": temperature, "max_new_tokens": max_new_tokens, "slots": slots}
+        engine = cls(model, stop, **settings, filters=filters, stop_strings=strings)
         if not engine.in_slots:  # Ray shows it to whoever started the run
             name = type(model).__name__
             print(f"{name} cannot be read in slots: responses are written side by side, slower, with the same ids")
@@ -147,7 +181,7 @@ class TransformersEngine:
     @torch.inference_mode()
     def generate(self, requests: list[PromptRequest], begun: list[Begun | None] | None = None) -> list[Generation]:
         begun = begun or [None] * len(requests)
-        responses = _Responses.of(requests, begun, self.max_new_tokens, self.device)
+        responses = _Responses.of(requests, begun, self.max_new_tokens, self.device, filtered=self.filters is not None)
         texts = [  # that are read before the first token is written
             request.prompt_ids if start is None else np.concatenate([request.prompt_ids, start.response_ids])
             for request, start in zip(requests, begun, strict=True)
@@ -182,7 +216,7 @@ class TransformersEngine:
                 logits = self._next_logits(token, place, slots)
                 token = self._sample(logits, request, written, out)
                 written, place = written + 1, place + 1
-            stopped = torch.isin(token, self._stop)
+            stopped = self._is_last(token, request, written, out)
             ended = stopped | (written == self.max_new_tokens)
             if not bool(ended.any()):
                 continue
@@ -197,9 +231,18 @@ class TransformersEngine:
             request, written, token, place = (x[:left] for x in (request, written, token, place))
 
     def _sample(self, logits: Tensor, request: Tensor, written: Tensor, out: _Responses) -> Tensor:
-        token, logprob = sample(logits, out.random[request, written], self.temperature)
-        out.ids[request, written], out.logprobs[request, written] = token, logprob
+        token, logprob, keep = sample(logits, out.random[request, written], self.temperature, self.filters)
+        out.write(request, written, token, logprob, keep)
         return token
+
+    def _is_last(self, token: Tensor, request: Tensor, written: Tensor, out: _Responses) -> Tensor:
+        """[B] bool: whether `token`, the last of the `written` ones of its request, ends the response."""
+        last = torch.isin(token, self._stop)
+        if self._stop_strings is not None:
+            ids = out.ids[request].cpu().numpy()
+            ends = [self._stop_strings.completed_by_last(x[:n]) for x, n in zip(ids, written.tolist(), strict=True)]
+            last |= torch.tensor(ends, device=self.device)
+        return last
 
     def _read_prompts(self, prompts: list[np.ndarray], slots: Slots, first_slot: int) -> tuple[Tensor, Tensor]:
         """Logits [B, V] behind each prompt, and their lengths [B]. They go to the slots from `first_slot` on."""
@@ -275,10 +318,10 @@ class TransformersEngine:
         while True:
             logits = self._forward(ids, mask, positions, cache)
             at = written.clamp(max=self.max_new_tokens - 1)  # where a row that has ended writes nothing
-            token, logprob = sample(logits, out.random[rows, at], self.temperature)
-            out.ids[rows[alive], at[alive]], out.logprobs[rows[alive], at[alive]] = token[alive], logprob[alive]
+            token, logprob, keep = sample(logits, out.random[rows, at], self.temperature, self.filters)
+            out.write(rows[alive], at[alive], token[alive], logprob[alive], None if keep is None else keep[alive])
             written = written + 1
-            stopped = alive & torch.isin(token, self._stop)
+            stopped = alive & self._is_last(token, rows, written, out)
             out.stopped[rows[stopped]], out.lengths[rows[stopped]] = True, written[stopped]
             alive = alive & ~stopped & (written < self.max_new_tokens)
             n_alive = int(alive.sum())
@@ -307,18 +350,3 @@ class TransformersEngine:
             ids[i, width - len(prompt) :] = torch.tensor(prompt)  # a copy: what Ray hands over is read-only
             mask[i, width - len(prompt) :] = 1
         return ids.to(self.device), mask.to(self.device)
-
-
-def sample(logits: Tensor, random: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Inverse-CDF sampling from softmax(logits / temperature).
-
-    Args:
-        logits: [B, V].
-        random: [B] float64 in [0, 1).
-    Returns:
-        token [B] int64, its log-prob [B] float32 under the very distribution that was sampled from.
-    """
-    cdf = torch.softmax(logits.double() / temperature, dim=-1).cumsum(-1)
-    # right=True never picks a token of probability 0; the last entry scales away the rounding of the sum.
-    token = torch.searchsorted(cdf, (random * cdf[:, -1]).unsqueeze(-1), right=True).clamp(max=logits.shape[-1] - 1)
-    return token.squeeze(-1), logprobs_from_logits(logits.unsqueeze(1), token, temperature).squeeze(-1).float()

@@ -26,6 +26,7 @@ from accelerate.utils import DistributedType  # noqa: E402
 import tiny_models  # noqa: E402
 from core.config import load  # noqa: E402
 from launch import learners  # noqa: E402
+from rollout.engines.sampling import Filters  # noqa: E402
 from rollout.engines.transformers_engine import TransformersEngine  # noqa: E402
 from trainer import engine_weights  # noqa: E402
 from trainer.batch import TrainBatch  # noqa: E402
@@ -130,8 +131,6 @@ class _Stirred:
 def main(out: Path, task: dict) -> None:
     name, results = task["model"], []
     stop = tuple(range(30))  # many, so that lengths differ
-    engine = TransformersEngine(tiny_models.make_model(name), stop, temperature=1.0, max_new_tokens=16)
-    trajectories = tiny_models.roll_out(engine, N)
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         shard_on_a_cpu()
     with ExitStack() as stack:
@@ -142,6 +141,14 @@ def main(out: Path, task: dict) -> None:
             zero["stage3_param_persistence_threshold"] = 0
         for case in task["cases"]:
             cfg = configured(case)
+            engine = TransformersEngine(
+                tiny_models.make_model(name),
+                stop,
+                temperature=1.0,
+                max_new_tokens=16,
+                filters=Filters(**cfg.rollout.filters) if cfg.rollout.filters else None,
+            )
+            trajectories = tiny_models.roll_out(engine, N)
             bounds = [sum(case["shards"][:i]) for i in range(ranks.size + 1)] if ranks.size > 1 else [0, N]
             mine = trajectories[bounds[ranks.index] : bounds[ranks.index + 1]]
             ref = None if cfg.reference == "adapter" else tiny_models.make_model(name)

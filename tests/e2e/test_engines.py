@@ -20,6 +20,8 @@ CASES = {
     # The reference is the base, and the stirred policy is not: no check of the first KL, nor of the log-probs.
     "adapter": {"micro": 2, "shards": [5, 7], "settings": ADAPTER, "export": True},
     "heads": {"micro": 2, "shards": [5, 7], "settings": {"model.value_heads": "components"}},
+    # Each rank with the ids that its own tokens were drawn from; one has no row at all.
+    "filtered": {"micro": 2, "shards": [0, 12], "settings": {"rollout.top_p": 0.9, "ppo.entropy_coef": 0.05}},
     "detached": {"micro": 2, "shards": [12, 0], "settings": {"model.value": "shared_detached"}},
 }
 
@@ -76,6 +78,7 @@ def test_one_stored_batch_under_ddp(by_one, tmp_path):
         ("zero3", "adapter"),
         ("zero3", "detached"),
         ("zero3", "heads"),
+        ("zero3", "filtered"),
         ("zero3_offload", "separate"),
     ],
 )

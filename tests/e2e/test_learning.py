@@ -39,6 +39,21 @@ def test_the_demo_learns_to_state_facts_and_to_stop(seed, tmp_path):
     assert max(abs(row["staleness/mean"]) for row in rows) == 0
 
 
+def test_it_learns_from_filtered_samples_too(tmp_path):
+    """Kept ids go from worker to reward server, which has the reference, and on to the learner. The run's checks are
+    on: a log-prob over other ids anywhere would stop it."""
+    filters = ["--rollout.top_p", "0.9", "--model.reference", "reward_server", "--ppo.kl_loss_coef", "0.01"]
+    demo = Run(tmp_path / "nucleus", *filters, "--run.steps", "10", "--run.eval_every", "100")
+    assert demo.end() == 0, demo.words()
+    rows, evals = demo.rows(), demo.summary()["eval"]
+    assert rows[0]["objective/kl"] == pytest.approx(0, abs=1e-4 * 48)
+    assert max(row["logprob_diff/mean"] for row in rows) < 1e-5
+    assert max(row["logprob_diff/max"] for row in rows) < 1e-4
+    assert all(row["objective/kl"] > 0 for row in rows[2:])  # over one set of tokens it is a KL, and not negative
+    assert evals["after"]["slot_error"] < 0.5 * evals["before"]["slot_error"]
+    assert evals["after"]["reward/total"] > evals["before"]["reward/total"]
+
+
 def slot_errors(demo: Run) -> list[float]:
     return [row["eval/slot_error"] for row in demo.rows() if "eval/slot_error" in row]
 

@@ -2,6 +2,7 @@
 
 import time
 
+import numpy as np
 import pytest
 import ray
 
@@ -71,6 +72,27 @@ def test_the_same_bits_from_any_number_of_workers(cfg, by_one, n_workers):
         assert a.response_ids.tolist() == b.response_ids.tolist()
         assert a.rollout_logprobs.tobytes() == b.rollout_logprobs.tobytes()
         assert a.request.sample_uid == b.request.sample_uid
+
+
+def test_filters_stop_strings_and_what_was_kept_on_their_way(cfg, by_one):
+    """Through workers and reward server, which has the reference: the same ids and sets from any number of workers, and
+    log-probs of both over one set, which are equal where both models are."""
+    settings = {"top_p": 0.9, "stop_strings": ["a"]}
+    cfg = cfg.model_copy(update={"rollout": cfg.rollout.model_copy(update=settings)})
+    cfg = cfg.model_copy(update={"model": cfg.model.model_copy(update={"reference": "reward_server"})})
+    tokenizer = build.load_tokenizer(cfg.model.path)
+    one, two = written(cfg, 1), written(cfg, 2)
+    for a, b in zip(one, two, strict=True):
+        assert a.response_ids.tolist() == b.response_ids.tolist()
+        assert a.kept.ids.tolist() == b.kept.ids.tolist() and a.kept.starts.tolist() == b.kept.starts.tolist()
+        assert len(a.kept) == len(a) and a.kept.hold(a.response_ids, a.action_mask)
+        np.testing.assert_allclose(a.ref_logprobs, a.rollout_logprobs, atol=1e-5)
+        text = tokenizer.decode(a.response_ids, skip_special_tokens=True)
+        said = tokenizer.decode(a.response_ids[:-1], skip_special_tokens=True)
+        assert "a" not in said and ("a" not in text or a.finish_reason == "stop")
+    assert sum("a" in tokenizer.decode(t.response_ids) for t in one) > 5
+    assert all(t.kept is None for t in by_one)
+    assert any(len(t.kept.ids) > len(t) for t in one)
 
 
 def test_replicas_that_join_chunks_score_the_same(cfg, by_one):

@@ -1,0 +1,41 @@
+"""Strings that end a response, looked for in its text while it is written.
+
+Tokens and strings do not begin and end together: a string may lie across tokens, in the middle of one, and its
+characters may be split over several. So text is compared, by the rules of offsets.py, which follow the bytes.
+"""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from rollout.offsets import OffsetMapper
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class StopStrings:
+    """Says after each token whether it completes one of some strings in the text of the response.
+
+    With byte-level BPE it looks at the last few tokens, as many as the longest string could need. In UTF-8 a whole
+    character is found in the bytes just where it is in the text, so half characters around it do no harm. Of other
+    tokenizers, where what a token adds depends on its neighbours, it decodes the response anew.
+    """
+
+    def __init__(self, strings: list[str], tokenizer: "PreTrainedTokenizerBase") -> None:
+        self._mapper = OffsetMapper(tokenizer)
+        self._strings, self._needles = list(strings), [s.encode() for s in strings]
+        self._longest = max(map(len, self._needles))
+
+    def completed_by_last(self, ids: np.ndarray) -> bool:
+        """Whether the last of `ids` ([T] int64, at least one: all of a response so far) completes a string."""
+        tail = self._mapper.bytes_of(int(ids[-1]))
+        if tail is None:
+            text = self._mapper.text(ids.tolist())
+            return any(s in text for s in self._strings)
+        wanted = self._longest - 1 + len(tail) if tail else 0
+        for token_id in ids[-2::-1].tolist():
+            if len(tail) >= wanted:
+                break
+            tail = self._mapper.bytes_of(token_id) + tail
+        return any(needle in tail for needle in self._needles)
