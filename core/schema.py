@@ -327,8 +327,11 @@ class OptimConfig(Section):
 
 
 class SyncConfig(Section):
-    bucket_mb: float = Field(256, gt=0)
-    """Weights travel in buckets of about this size."""
+    transport: Literal["object_store", "collective", "cuda_ipc"] = "object_store"
+    """How weights reach the workers: shared memory of each host, a broadcast (gloo on a CPU, NCCL on GPUs), or memory
+    of the GPU that one learner shares with its workers."""
+    bucket_mb: float = Field(64, gt=0)
+    """Weights travel in buckets of about this size: one is on its way while the next is gathered."""
     timeout_s: float = Field(300, gt=0)
     """Deadline of each stage of a weight sync."""
 

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from core.faults import ProcessFault
 from core.trajectory import PromptRequest
+from core.weights import WeightManifest
 from rollout.group import RolloutGroup, WeightUpdate
 
 
@@ -82,6 +83,15 @@ class Rollouts:
         """Until every worker of this rank has loaded its model."""
         if self._group is not None:
             self._group.wait_ready()
+
+    def open_update(self, manifest: WeightManifest) -> list[str]:
+        """See RolloutGroup.open_update; a guest has no workers to tell."""
+        return self._group.open_update(manifest) if self._group is not None else []
+
+    def stage(self, method: str, *args: Any, first: dict[str, tuple] | None = None) -> None:
+        """See RolloutGroup.stage."""
+        if self._group is not None:
+            self._group.stage(method, *args, first=first)
 
     def update_weights(self, update: WeightUpdate, timeout_s: float) -> int:
         """See RolloutGroup.update_weights; a guest has no worker to give them to."""
