@@ -72,7 +72,11 @@ class ObjectStoreTransport:
 
 class CollectiveTransport(ObjectStoreTransport):
     """Buckets by broadcast. The group lasts as long as its members do: one that lost a worker is made anew at the next
-    version, with the successor. What a broken broadcast did not bring comes from the object store."""
+    version, with the successor. What a broken broadcast did not bring comes from the object store.
+
+    Joining and each bucket have half the deadline, so that a member that hangs costs less than twice the whole of it
+    until the commit says which it was.
+    """
 
     def __init__(
         self,
@@ -136,7 +140,7 @@ class CollectiveTransport(ObjectStoreTransport):
             port=self._store.port,
             number=self._number,
             size=1 + len(self._members),
-            timeout_s=self._timeout_s,
+            timeout_s=self._timeout_s / 2,
         )
 
     @contextmanager

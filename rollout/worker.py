@@ -43,6 +43,7 @@ class RolloutWorker:
         self._map_offsets = OffsetMapper(load_tokenizer())
         self._weights = WeightReceiver(self._engine.live_tensors)
         self._group: BroadcastGroup | None = None
+        self._no_group = "it was told of no group"  # why, where there is none
 
     def hello(self) -> WorkerReady:
         """Answers once the model is loaded."""
@@ -83,17 +84,20 @@ class RolloutWorker:
     def join_broadcast(self, place: Rendezvous, rank: int) -> None:
         """Take part in a group for weights; leaves the one before. Waits for all members, `place.timeout_s`."""
         self._group = None
-        self._group = BroadcastGroup(place, rank, self._device)
+        try:
+            self._group = BroadcastGroup(place, rank, self._device)
+        except RuntimeError as error:
+            self._no_group = _first_line(error)
 
     def receive_broadcast(self) -> None:
         """All buckets of the opened version from the group. Waits for the sender, its time-out for each.
 
-        A group that breaks is left, and this version refused with TransitFault.
+        A group that breaks is left, and the commit of this version raises TransitFault.
         """
         manifest = self._weights.opened
         try:
             if self._group is None:
-                raise RuntimeError("it is in no group")
+                raise RuntimeError(self._no_group)
             for index in range(len(manifest.buckets)):
                 layout = Flat(manifest, index)
                 flat = torch.empty(layout.n_bytes, dtype=torch.uint8, device=self._device)
@@ -101,13 +105,13 @@ class RolloutWorker:
                 self._weights.receive(index, layout.cut(flat))
         except RuntimeError as error:
             self._group = None  # whoever waits for this one hears of it
-            words = (str(error).splitlines() or ["no words"])[0]
-            raise self._weights.refuse(
+            self._no_group = _first_line(error)
+            self._weights.refuse(
                 TransitFault(
-                    f"weights of version {manifest.version} were broadcast, and {self.name} lost the sender"
-                    f" or another worker: {words}"
+                    f"weights of version {manifest.version} were broadcast, and {self.name} lost the sender or another"
+                    f" worker: {self._no_group}"
                 )
-            ) from None
+            )
 
     def receive_shared(self, index: int, rebuild: Callable[..., torch.Tensor], handle: tuple) -> None:
         """A flat bucket in memory of this GPU that the learner keeps until the commit (CUDA IPC)."""
@@ -124,3 +128,7 @@ class RolloutWorker:
     @property
     def _device(self) -> torch.device:
         return next(iter(self._engine.live_tensors().values())).device
+
+
+def _first_line(error: RuntimeError) -> str:
+    return (str(error).splitlines() or ["no words"])[0]
