@@ -140,7 +140,7 @@ def digest_of(tensors: Mapping[str, Tensor], version: int = 0) -> str:
     return version_digest(manifest, [bucket_digest(map(as_bytes, bucket)) for bucket in buckets])
 
 
-def unpack(manifest: WeightManifest, index: int, pieces: Sequence[np.ndarray]) -> Iterator[tuple[str, Tensor]]:
+def unpack(manifest: WeightManifest, index: int, pieces: Sequence[np.ndarray | Tensor]) -> Iterator[tuple[str, Tensor]]:
     """Name and tensor of each piece ([n] uint8) of bucket `index`: views, which keep the bytes alive.
 
     ValueError if bytes or pieces miss or are too many.
@@ -154,7 +154,8 @@ def unpack(manifest: WeightManifest, index: int, pieces: Sequence[np.ndarray]) -
             raise ValueError(f"{name} of version {manifest.version} has {len(piece)} of {spec.n_bytes} bytes")
         with warnings.catch_warnings():  # nobody writes into it; the receiver puts it in the place of the old
             warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-            yield name, torch.from_numpy(piece).view(spec.torch_dtype).reshape(spec.shape)
+            raw = torch.from_numpy(piece) if isinstance(piece, np.ndarray) else piece
+        yield name, raw.view(spec.torch_dtype).reshape(spec.shape)
 
 
 class Flat:
@@ -174,10 +175,9 @@ class Flat:
             flat[start:end].copy_(tensor.detach().contiguous().reshape(-1).view(torch.uint8))
         return flat
 
-    def cut(self, flat: Tensor) -> list[np.ndarray]:
-        """The bytes of each tensor; views where the buffer is on the CPU."""
-        whole = flat.cpu().numpy()
-        return [whole[start:end] for start, end in self.places]
+    def cut(self, flat: Tensor) -> list[Tensor]:
+        """The bytes of each tensor, [n] uint8: views."""
+        return [flat[start:end] for start, end in self.places]
 
 
 def named_tensors(model: torch.nn.Module) -> dict[str, Tensor]:

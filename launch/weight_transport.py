@@ -162,7 +162,8 @@ class CudaIpcTransport(ObjectStoreTransport):
 
     def open(self, manifest: WeightManifest) -> None:
         self._kept: list[Tensor] = []
-        super().open(manifest)
+        self._manifest, self._buckets = manifest, [None] * len(manifest.buckets)
+        self._told = self._rollouts.open_update(manifest)
 
     def send(self, index: int, tensors: list[Tensor], raw: list[np.ndarray]) -> None:
         from torch.multiprocessing.reductions import reduce_tensor
@@ -170,7 +171,8 @@ class CudaIpcTransport(ObjectStoreTransport):
         flat = Flat(self._manifest, index).pack(tensors)
         torch.cuda.synchronize(flat.device)  # another process reads it, on a stream that knows nothing of this one
         self._kept.append(flat)
-        self._rollouts.stage("receive_shared", index, *reduce_tensor(flat))
+        # A handle for each: torch counts who opened one, and would count wrong.
+        self._rollouts.stage("receive_shared", first={name: (index, *reduce_tensor(flat)) for name in self._told})
         self._keep(index, raw)
 
     def commit(self, probe: Probe, verify: Callable[[WeightAck], None]) -> int:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from core.faults import InvariantFault, TransitFault
-from core.weights import LORA_A, LORA_B, WeightManifest, bucket_digest, unpack, version_digest
+from core.weights import LORA_A, LORA_B, WeightManifest, as_bytes, bucket_digest, unpack, version_digest
 
 
 class WeightReceiver:
@@ -62,14 +62,15 @@ class WeightReceiver:
             raise InvariantFault("a weight bucket or commit arrived before its manifest")
         return self._manifest
 
-    def receive(self, index: int, pieces: Sequence[np.ndarray]) -> None:
-        """Stage bucket `index`, each piece [n] uint8. May come in any order, a second time too; not copied."""
+    def receive(self, index: int, pieces: Sequence[np.ndarray | Tensor]) -> None:
+        """Stage bucket `index`, each piece [n] uint8, on the host or on a GPU. May come in any order, a second time too;
+        not copied, but for the digest where it is on a GPU."""
         manifest = self.opened
         try:
             self._staged.update(unpack(manifest, index, pieces))
         except ValueError as error:
             raise self.refuse(TransitFault(f"weights arrived damaged: {error}")) from None
-        self._digests[index] = bucket_digest(pieces)
+        self._digests[index] = bucket_digest(x if isinstance(x, np.ndarray) else as_bytes(x) for x in pieces)
 
     def commit(self, digests: Sequence[str]) -> str:
         """Compare the digest of every staged bucket with the sender's, then put the tensors to use. Returns the digest

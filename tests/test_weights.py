@@ -75,7 +75,7 @@ def test_a_bucket_as_one_buffer_is_cut_into_what_was_packed():
     layout = Flat(make_manifest(0, WeightStream.of(tensors).specs, 10**6), 0)
     assert layout.places == [(0, 1), (64, 76), (128, 258)] and layout.n_bytes == 320
     pieces = layout.cut(layout.pack(list(tensors.values())))
-    assert [p.tobytes() for p in pieces] == [as_bytes(x).tobytes() for x in tensors.values()]
+    assert [as_bytes(p).tobytes() for p in pieces] == [as_bytes(x).tobytes() for x in tensors.values()]
 
 
 def test_one_tensor_after_the_other_is_asked_for():
