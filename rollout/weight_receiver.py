@@ -63,8 +63,8 @@ class WeightReceiver:
         return self._manifest
 
     def receive(self, index: int, pieces: Sequence[np.ndarray | Tensor]) -> None:
-        """Stage bucket `index`, each piece [n] uint8, on the host or on a GPU. May come in any order, a second time too;
-        not copied, but for the digest where it is on a GPU."""
+        """Stage bucket `index`, each piece [n] uint8, on the host or on a GPU. May come in any order, a second time
+        too; not copied, but for the digest where it is on a GPU."""
         manifest = self.opened
         try:
             self._staged.update(unpack(manifest, index, pieces))
