@@ -342,7 +342,8 @@ SECTIONS: dict[str, tuple[Metric, ...]] = {
         ),
         Metric(
             "logprob_diff/mean",
-            "Distance between rollout_logprobs and old_logprobs, both under the same weights.",
+            "Distance between rollout_logprobs and old_logprobs, both under the same weights: tokens of an older policy"
+            " are left out, and steps that have no others.",
             "nats",
             "tokens",
             "below 1e-5 in fp32; larger means that workers and learner do not run the same model",
@@ -365,9 +366,9 @@ SECTIONS: dict[str, tuple[Metric, ...]] = {
         ),
         Metric(
             "perf/rollout_tokens_per_s",
-            "Response tokens of the step, by time/rollout.",
+            "Response tokens of the step, by the seconds in which they were written, waited for or not.",
             "tokens/s",
-            "seconds of time/rollout",
+            "seconds of the rollouts of rank 0",
             "steady",
         ),
         Metric(

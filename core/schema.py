@@ -167,6 +167,11 @@ class RolloutConfig(Section):
     """Divides the logits in sampling and in every log-prob of the learner."""
     chunk_size: int = Field(32, ge=1)
     """Responses written together by one worker. Chunks are cut by prompt number, never by worker."""
+    max_staleness: int = Field(0, ge=0)
+    """Batches that are written ahead while the learner works: that of step s comes of the policy after step
+    s - 1 - max_staleness at the oldest, and PPO's ratio is against that policy. 0: strictly on-policy."""
+    slots: int = Field(64, ge=1)
+    """Most responses that a worker writes side by side. No id depends on it; memory for keys and values does."""
     timeout_s: float = Field(600, gt=0)
     """Deadline of one chunk, of a worker's start, and of its replacement."""
     max_worker_losses: int = Field(8, ge=0)
@@ -255,7 +260,8 @@ class PPOConfig(Section):
     """Bound of the loss of tokens with negative advantage, in units of |A|; off by default."""
     importance_cap: float | None = Field(None, gt=0)
     """Weigh the policy loss of each token by exp(old_logprobs - rollout_logprobs), at most this (2 is usual): corrects
-    for an engine that does not sample from quite what the learner computes. Off if null."""
+    for an engine that does not sample from quite what the learner computes. With `rollout.max_staleness` it corrects
+    for the older policy, and the ratio is against the policy before the step (decoupled PPO). Off if null."""
     cliprange_value: float = Field(0.2, gt=0)
     """A value may move this far from the old one before its loss is clipped."""
     vf_coef: float = Field(0.1, ge=0)
@@ -456,6 +462,9 @@ class Config(Section):
         if batch % mini:
             near = _nearest_divisors(batch, mini)
             refuse("ppo.mini_batch_size", mini, f"does not divide rollout.batch_size {batch}; nearest are {near}")
+        if self.sync.transport != "object_store" and self.rollout.max_staleness:
+            remedy = "the learner would wait for workers that still write (rollout.max_staleness); take object_store"
+            refuse("sync.transport", self.sync.transport, remedy)
         if self.data.skip_solved is not None and n == 1:
             remedy = "one sample has no variance; set rollout.n_samples_per_prompt to 2 or more, or leave it out"
             refuse("data.skip_solved", self.data.skip_solved, remedy)

@@ -208,7 +208,8 @@ def rollouts(
     """Start the workers of this rank; they load the model from disk and get their first version from the learner."""
     share = share or shares(cfg)
     group = _group(cfg, tokenizer, device, note, share.workers) if share.workers else None
-    return Rollouts(share, group, exchange, cfg.resources.collective_timeout_s)
+    ahead = cfg.rollout.max_staleness > 0
+    return Rollouts(share, group, exchange, cfg.resources.collective_timeout_s, ahead=ahead)
 
 
 def _group(cfg: Config, tokenizer: Any, device: str, note: Callable[[str], None], workers: list[int]) -> RolloutGroup:
@@ -221,6 +222,7 @@ def _group(cfg: Config, tokenizer: Any, device: str, note: Callable[[str], None]
         device=device,
         temperature=cfg.rollout.temperature,
         max_new_tokens=cfg.rollout.max_new_tokens,
+        slots=cfg.rollout.slots,
     )
     _, threads = thread_plan(cfg)
 

@@ -73,14 +73,15 @@ def outlast_rank_0() -> None:
 def thread_plan(cfg: Config, learners_here: int | None = None) -> tuple[int, int]:
     """CPU threads of (each learner process, each rollout worker).
 
-    Learners and workers work in turn, so both share all cores; more threads than cores would slow each other more than
-    tenfold.
+    Learners and workers work in turn, so both share all cores, or at the same time (rollout.max_staleness): then each
+    side has half of them. More threads than cores would slow each other more than tenfold.
     """
     if cfg.run.deterministic:
         return 1, 1
     learners_here = learners_here or int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    learner = cfg.resources.learner_threads or max(1, cores() // learners_here)
-    return learner, cfg.resources.worker_threads or max(1, cores() // cfg.rollout.workers)
+    of_side = cores() // 2 if cfg.rollout.max_staleness else cores()
+    learner = cfg.resources.learner_threads or max(1, of_side // learners_here)
+    return learner, cfg.resources.worker_threads or max(1, of_side // cfg.rollout.workers)
 
 
 def prepare_environment() -> None:

@@ -80,6 +80,7 @@ class RolloutGroup:
         self._latest: WeightUpdate | None = None
         self._staging: dict[str, Any] = {}  # name -> actor of the workers that get the version on its way early
         self._slots = [_Slot(i) for i in workers]
+        self._closed = False  # who ended the workers wants no successors
         self.pids: dict[str, int] = {}
         self.counters: Counter[str] = Counter()
         for slot in self._slots:
@@ -151,7 +152,9 @@ class RolloutGroup:
         return verified
 
     def close(self) -> None:
-        """Kill every worker; what they were writing is lost."""
+        """Kill every worker; what they were writing is lost. May be called while another thread waits for them: that
+        one raises ProcessFault."""
+        self._closed = True
         for slot in self._slots:
             if slot.actor is not None:
                 ray.kill(slot.actor)
@@ -219,6 +222,8 @@ class RolloutGroup:
 
     def _lose(self, slot: _Slot, when: str, error: Exception) -> None:
         """Kill what is left of a worker (it may only hang) and start its successor. Raises ProcessFault if too many."""
+        if self._closed:
+            raise ProcessFault(f"{slot.name} was ended {when}")
         if getattr(error, "actor_init_failed", False):  # its constructor raised: it would again in any successor
             raise ProcessFault(f"{slot.name} cannot start: {error}")
         reason = "missed its deadline" if isinstance(error, GetTimeoutError) else "died"

@@ -5,8 +5,10 @@ whoever writes it. Rank r drives workers r, r + N, ...; where W < N, rank r >= W
 r mod W, its host.
 """
 
+import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -15,6 +17,7 @@ from core.faults import ProcessFault
 from core.trajectory import PromptRequest
 from core.weights import WeightManifest
 from rollout.group import RolloutGroup, WeightUpdate
+from rollout.in_order import InOrder
 
 
 @dataclass(frozen=True)
@@ -60,10 +63,19 @@ class Exchange(Protocol):
 
 
 class Rollouts:
-    """The rollouts of one rank: `generate` takes the requests of all ranks and yields the chunks of this one."""
+    """The rollouts of one rank: `start` takes the requests of all ranks and has the chunks of this one written.
+
+    Batches and weight updates happen in the order in which they were asked for; `ahead`: in the background.
+    """
 
     def __init__(
-        self, shares: Shares, group: RolloutGroup | None, exchange: Exchange | None = None, timeout_s: float = 1800
+        self,
+        shares: Shares,
+        group: RolloutGroup | None,
+        exchange: Exchange | None = None,
+        timeout_s: float = 1800,
+        *,
+        ahead: bool = False,
     ) -> None:
         """
         Args:
@@ -73,6 +85,8 @@ class Rollouts:
         """
         self._shares, self._group, self._exchange, self._timeout_s = shares, group, exchange, timeout_s
         self.counters: Counter[str] = group.counters if group is not None else Counter()
+        self._in_order = InOrder(in_background=ahead)
+        self._ahead = ahead
 
     @property
     def pids(self) -> dict[str, int]:
@@ -85,28 +99,44 @@ class Rollouts:
             self._group.wait_ready()
 
     def open_update(self, manifest: WeightManifest) -> list[str]:
-        """See RolloutGroup.open_update; a guest has no workers to tell."""
-        return self._group.open_update(manifest) if self._group is not None else []
+        """See RolloutGroup.open_update; a guest has no workers to tell. Nor are they told early where batches are
+        written ahead: the version before may still wait for its commit, and this one would take its place."""
+        return self._group.open_update(manifest) if self._group is not None and not self._ahead else []
 
     def stage(self, method: str, *args: Any, first: dict[str, tuple] | None = None) -> None:
         """See RolloutGroup.stage."""
-        if self._group is not None:
+        if self._group is not None and not self._ahead:
             self._group.stage(method, *args, first=first)
 
-    def update_weights(self, update: WeightUpdate, timeout_s: float) -> int:
-        """See RolloutGroup.update_weights; a guest has no worker to give them to."""
-        return self._group.update_weights(update, timeout_s) if self._group is not None else 0
+    def update_weights(self, update: WeightUpdate, timeout_s: float) -> int | None:
+        """See RolloutGroup.update_weights; a guest has no worker to give them to. None where batches are written ahead:
+        those asked for before may still be written, those asked for from now on come of it, or raise what it raised."""
+        if self._group is None:
+            return 0
+        done = self._in_order.run(lambda: self._group.update_weights(update, timeout_s))
+        return None if self._ahead else done.result()
 
     def close(self) -> None:
         if self._group is not None:
             self._group.close()
+        self._in_order.close()
 
     def share(self, requests: list[PromptRequest]) -> list[PromptRequest]:
         """Those of `requests` whose responses come to this rank."""
         return self._shares.of_rank(requests)
 
-    def generate(self, requests: list[PromptRequest]) -> Iterator[Any]:
-        """Yield an ObjectRef of list[Trajectory] for each chunk of this rank, as it is finished. Nothing is fetched."""
+    def start(self, requests: list[PromptRequest], submit: Callable[[Iterator[Any]], list[Any]]) -> Future:
+        """Have the responses written, and each chunk of this rank (an ObjectRef of list[Trajectory]) given to `submit`
+        when it is finished. The Future of what `submit` gave, and of the seconds that it took."""
+
+        def write() -> tuple[list[Any], float]:
+            began = time.perf_counter()
+            pending = submit(self._generate(requests))
+            return pending, time.perf_counter() - began
+
+        return self._in_order.run(write)
+
+    def _generate(self, requests: list[PromptRequest]) -> Iterator[Any]:
         shares = self._shares
         if self._group is None:
             for _ in shares.chunks(requests, shares.rank):

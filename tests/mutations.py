@@ -52,6 +52,7 @@ PACKING, MODEL, HEAD = (
     ("tests/test_fused_head.py",),
 )
 VALUE_HEADS = ("tests/test_value_heads.py",)
+STALE, AHEAD = ("tests/test_stale.py",), ("tests/test_ahead.py",)
 LEARN = ("tests/test_learn.py::test_a_token_for_each_position_is_learnt",)
 
 
@@ -71,7 +72,38 @@ LEARNER_PY, MODEL_PY, OBJECTIVE_PY = "trainer/learner.py", "trainer/model.py", "
 VALUE_HEADS_PY = "trainer/value_heads.py"
 PACKING_PY, HEAD_PY, EXPORT_PY = "trainer/packing.py", "trainer/fused_head.py", "trainer/engine_weights.py"
 
+AHEAD_PY = "trainer/ahead.py"
+
 MUTATIONS = [
+    # ------------------------------------------------ batches of an older policy
+    Mutation(
+        "the KL penalty of stale tokens is that of the present policy",
+        BATCH_PY,
+        "return self.rollout_logprobs if max_staleness else self.old_logprobs",
+        "return self.old_logprobs",
+        STALE,
+    ),
+    Mutation(
+        "stale tokens are weighed and measured against the writer at once",
+        LEARNER_PY,
+        "micro.old_logprobs if cfg.importance_cap else micro.writers_logprobs(self._max_age)",
+        "micro.writers_logprobs(self._max_age)",
+        STALE,
+    ),
+    Mutation(
+        "the ratio of stale tokens starts at 1 and no weight makes up for it",
+        LEARNER_PY,
+        "micro.old_logprobs if cfg.importance_cap else micro.writers_logprobs(self._max_age)",
+        "micro.old_logprobs",
+        STALE,
+    ),
+    Mutation(
+        "a batch is asked for across a checkpoint",
+        AHEAD_PY,
+        "return max(after_checkpoint, step - max_staleness)",
+        "return max(1, step - max_staleness)",
+        AHEAD,
+    ),
     # ------------------------------------------------ from trajectories to a batch
     Mutation(
         "eos is masked because it pads too",

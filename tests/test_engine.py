@@ -11,6 +11,7 @@ import torch
 import tiny_models
 from core.faults import UserError
 from core.trajectory import PromptRequest
+from rollout.engines.engine import Begun
 from rollout.engines.transformers_engine import TransformersEngine, sample, stop_ids, uniforms
 
 
@@ -59,6 +60,27 @@ def test_ids_do_not_depend_on_the_number_of_slots(name):
         for a, b in zip(want, other.generate(asked), strict=True):
             assert a.response_ids.tolist() == b.response_ids.tolist() and a.finish_reason == b.finish_reason
             np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-5)
+
+
+@pytest.mark.parametrize("in_slots", [True, False])
+@pytest.mark.parametrize("name", ["llama-tied", "gpt2"])
+def test_a_response_that_was_begun_goes_on_as_if_it_had_not_been_left(name, in_slots):
+    """Cut anywhere, by itself or beside others that were cut elsewhere: the same ids, and what was there is kept."""
+    served, asked = engine(name, often=True, slots=5), tiny_models.make_requests(12)
+    served.in_slots = in_slots
+    want = served.generate(asked)
+    cuts = [None if i % 4 == 0 else (i * 5) % len(g.response_ids) for i, g in enumerate(want)]
+    assert len(set(cuts)) > 4
+    begun = [
+        None if cut is None else Begun(response_ids=g.response_ids[:cut], logprobs=g.logprobs[:cut] - 1)
+        for cut, g in zip(cuts, want, strict=True)
+    ]
+    for cut, before, after in zip(cuts, want, served.generate(asked, begun), strict=True):
+        assert after.response_ids.tolist() == before.response_ids.tolist()
+        assert after.finish_reason == before.finish_reason
+        left = cut or 0
+        assert after.logprobs[:left].tolist() == (before.logprobs[:left] - 1).tolist()
+        np.testing.assert_allclose(after.logprobs[left:], before.logprobs[left:], atol=1e-5)
 
 
 def test_the_room_is_taken_again_for_other_requests():

@@ -80,7 +80,7 @@ def test_a_step_is_one_object_with_its_metrics_and_seconds(tmp_path, monkeypatch
             clock.pass_s(0.5)
             with log.time("update"):
                 clock.pass_s(2.0)
-            log.step(step, a_row(faults__worker_lost=3), samples=13, rollout_tokens=200, learner_tokens=400)
+            log.step(step, a_row(faults__worker_lost=3), samples=13, learner_tokens=400)
     first, second = rows(tmp_path / "new" / "run")
     assert list(first)[:2] == ["step", "timestamp"]
     assert (first["step"], second["step"]) == (1, 2)
@@ -94,7 +94,6 @@ def test_a_step_is_one_object_with_its_metrics_and_seconds(tmp_path, monkeypatch
         "time/total": 6.5,
     }
     assert first["perf/samples_per_s"] == 2.0
-    assert first["perf/rollout_tokens_per_s"] == 50.0
     assert first["perf/learner_tokens_per_s"] == 200.0
 
 
@@ -313,7 +312,7 @@ def test_the_panel_is_whole_at_every_width_whatever_components_are_called(tmp_pa
         for step in range(1, 4):
             with log.time("rollout"):
                 pass
-            log.step(step, a_row(ODD, eval__slot_error=0.1, faults__worker_lost=1), samples=4, rollout_tokens=80)
+            log.step(step, a_row(ODD, eval__slot_error=0.1, faults__worker_lost=1), samples=4)
     last = printed(console)[printed(console).rindex("╭") :]
     lines = last[: last.index("╯") + 1].splitlines()
     assert {cell_len(line) for line in lines} == {width}
@@ -440,7 +439,7 @@ def test_the_silent_log_has_every_method_and_does_nothing(tmp_path, monkeypatch,
         with log.time("rollout"):
             log.note("x")
         log.baseline({"eval/slot_error": 1.0})
-        log.step(1, a_row(), samples=1, rollout_tokens=1, learner_tokens=1)
+        log.step(1, a_row(), samples=1, learner_tokens=1)
         assert log.seconds == {}
     log.close()
     assert capsys.readouterr().out == "" and list(tmp_path.iterdir()) == []

@@ -118,6 +118,12 @@ class TrainBatch:
             assert getattr(self, name) is None, f"{name} is written twice"
         return replace(self, **tensors)
 
+    def writers_logprobs(self, max_staleness: int) -> Tensor:
+        """[B, T] of the policy that wrote the tokens, which the KL penalty is about. Of an older one the engine's: by
+        the learner's, a token that the policy has since turned away from would earn a bonus, the more the more it is
+        avoided. On-policy the learner's, computed as those of the reference are."""
+        return self.rollout_logprobs if max_staleness else self.old_logprobs
+
     def rows(self, index: np.ndarray) -> "TrainBatch":
         """Some rows, trimmed to the widths that they need."""
         at = torch.from_numpy(index)

@@ -80,7 +80,7 @@ class Learner:
         """
         self.cfg, self._accelerator, self.ranks = cfg, accelerator, ranks or Ranks()
         self.device = accelerator.device
-        self._limits = TOLERANCES[cfg.model.dtype]
+        self._limits, self._max_age = TOLERANCES[cfg.model.dtype], cfg.rollout.max_staleness
         trunk, head = critic or (None, None)
         # eval for good: dropout would move the ratios off 1
         n_heads = len(cfg.value_heads)
@@ -215,15 +215,22 @@ class Learner:
     def _compare(self, batch: TrainBatch, entropy: Tensor) -> dict[str, float]:
         mask, sums = batch.response_mask, Sums()
         n_tokens = float(mask.sum())
-        kl = ppo.kl_estimate(batch.old_logprobs, batch.ref_logprobs, "k1")
-        difference = torch.where(mask, batch.old_logprobs - batch.rollout_logprobs, 0.0).abs()
+        kl = ppo.kl_estimate(batch.writers_logprobs(self._max_age), batch.ref_logprobs, "k1")
+        kl = torch.where(mask, kl, 0.0)
+        # What an older policy wrote is no test of who computes what: the ratio of the two is importance sampling's.
+        fresh = mask & (batch.policy_version == self.step) if self._max_age else mask
+        difference = torch.where(fresh, batch.old_logprobs - batch.rollout_logprobs, 0.0).abs()
         sums.add("objective/kl", float(kl.sum()), len(batch))
         sums.add("objective/entropy", float(entropy.sum()), n_tokens)
-        sums.add("logprob_diff/mean", float(difference.sum()), n_tokens)
+        sums.add("logprob_diff/mean", float(difference.sum()), float(fresh.sum()))
         means = sums.merge(self.ranks.sum_list).means()
         means["logprob_diff/max"] = self.ranks.max(_largest(difference))
+        compared = ["mean", "max"]
+        if math.isnan(means["logprob_diff/mean"]) and means["logprob_diff/max"] == 0:  # of no token, on any rank
+            compared = []
+            del means["logprob_diff/mean"], means["logprob_diff/max"]
         if self.cfg.run.checks:
-            for name in ("mean", "max"):
+            for name in compared:
                 value, limit = means[f"logprob_diff/{name}"], self._limits[f"logprob_{name}"]
                 if not value <= limit:
                     raise InvariantFault(
@@ -232,7 +239,8 @@ class Learner:
                         " distribution than the one that is trained"
                     )
             if self.step == 0:
-                worst = self.ranks.max(_largest(kl.abs()))
+                apart = torch.where(mask, batch.old_logprobs - batch.ref_logprobs, 0.0)
+                worst = self.ranks.max(_largest(apart.abs()))
                 # Another process computes as a worker does: then the limit is that of workers.
                 limit = self._limits["logprob_max" if self._ref is None else "ratio"]
                 if not worst <= limit:
@@ -247,14 +255,16 @@ class Learner:
 
         Returns means over the valid tokens of all mini-batches: loss/policy, loss/value, ppo/*; and optim/*.
         Raises InvariantFault on a non-finite loss or gradient, and (with `run.checks`) if the ratios of the first
-        mini-batch are not 1.
+        mini-batch are not 1, where they are against the policy before the step.
         """
         cfg, sums, norms = self.cfg.ppo, Sums(), []
+        age = self.ranks.max(_largest(self.step - batch.policy_version[batch.response_mask])) if self._max_age else 0
+        starts_at_1 = age == 0 or cfg.importance_cap is not None
         self._optimizer_steps = self._schedule_at(self.step)
         for epoch in range(cfg.ppo_epochs):
             of_epoch: list[dict[str, Tensor]] = []
             for index, mini in enumerate(self._mini_batches(batch, epoch)):
-                norm, totals = self._optimizer_step(batch, mini, first=epoch == index == 0)
+                norm, totals = self._optimizer_step(batch, mini, first=starts_at_1 and epoch == index == 0)
                 norms += [] if norm is None else [norm]
                 of_epoch.append(totals)
             kl = self._add(sums, add_up(of_epoch))
@@ -384,7 +394,8 @@ class Learner:
         every = torch.ones(int(mask.sum()), dtype=torch.bool, device=self.device)
         known = TokenFields(
             mask=every,
-            old_logprobs=flat(micro.old_logprobs),
+            # Plain PPO stays near the policy that wrote, decoupled PPO (arXiv 2110.00641) near the one before the step.
+            old_logprobs=flat(micro.old_logprobs if cfg.importance_cap else micro.writers_logprobs(self._max_age)),
             ref_logprobs=flat(micro.ref_logprobs),
             rollout_logprobs=flat(micro.rollout_logprobs),
             advantages=flat(micro.advantages),

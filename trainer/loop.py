@@ -10,6 +10,7 @@ one rank a fault of all; what is logged is summed over all.
 
 from collections import Counter
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
@@ -23,6 +24,7 @@ from core.schema import Config
 from core.trajectory import PromptRequest, Trajectory
 from core.weights import Probe
 from trainer import estimators, ppo, value_heads
+from trainer.ahead import Ahead
 from trainer.batch import TrainBatch
 from trainer.evaluate import evaluation_sums
 from trainer.learner import Learner
@@ -47,8 +49,9 @@ class Rollouts(Protocol):
         """Those whose responses come to this rank."""
         ...
 
-    def generate(self, requests: list[PromptRequest]) -> Iterable[Any]:
-        """`requests` of all ranks -> references of finished chunks of this rank, in any order."""
+    def start(self, requests: list[PromptRequest], submit: Callable[[Iterable[Any]], list[Any]]) -> Future:
+        """Have `requests`, of all ranks, written; `submit` gets references of finished chunks of this rank, in any
+        order. The Future of what it gives, and of the seconds that it took."""
         ...
 
 
@@ -112,7 +115,7 @@ def train(
     `on_step(step, means, uids)` comes at the end of each step, when all that the next one depends on is in place, with
     the uids of the samples that this rank trained on. It says whether to go on, the same on every rank.
     """
-    ranks = learner.ranks
+    ranks, ahead = learner.ranks, Ahead(cfg, prompts, rollouts, rewards.submit)
     publisher.publish(learner.step)
     if held_out is not None and learner.step == 0:
         with log.time("evaluate"):
@@ -123,11 +126,10 @@ def train(
     for step in range(learner.step + 1, cfg.run.steps + 1):
         with ranks.together():
             with log.time("rollout"):
-                requests = prompts.take(cfg.prompts_per_step, cfg.rollout.n_samples_per_prompt)
-                pending = rewards.submit(rollouts.generate(requests))
+                written = ahead.take(step)
             with log.time("reward"):
-                trajectories = rewards.collect(pending)
-                account(cfg, rollouts.share(requests), trajectories, version=step - 1)
+                trajectories = rewards.collect(written.pending)
+                account(cfg, rollouts.share(written.requests), trajectories, version=written.version)
 
         with log.time("annotate"):
             batch = TrainBatch.collate(trajectories, cfg.rewards)
@@ -175,7 +177,8 @@ def train(
                 on_eval(step, held_out_means)
                 means |= held_out_means
         means |= faults(rollouts, rewards, ranks, state.faults)
-        log.step(step, means, samples=samples, rollout_tokens=tokens, learner_tokens=tokens * means["ppo/epochs"])
+        means["perf/rollout_tokens_per_s"] = tokens / written.seconds
+        log.step(step, means, samples=samples, learner_tokens=tokens * means["ppo/epochs"])
         if not on_step(step, means, [t.request.sample_uid for t in trajectories]):
             return
 
@@ -202,7 +205,8 @@ def credit(
     token_rewards, reward_scale = estimators.scale_rewards(
         batch.token_rewards, mask, p.scale_rewards, all_reduce=all_reduce
     )
-    rewards = ppo.shape_rewards(token_rewards, batch.old_logprobs, batch.ref_logprobs, mask, kl_coef=kl_coef)
+    written_by = batch.writers_logprobs(cfg.rollout.max_staleness)
+    rewards = ppo.shape_rewards(token_rewards, written_by, batch.ref_logprobs, mask, kl_coef=kl_coef)
     heads: value_heads.Heads | None = None
     if batch.head_values is None:
         unit = estimators.value_scale(running)  # of what the critic predicts: 1 unless `scale_values`
@@ -212,7 +216,7 @@ def credit(
             batch.head_values,
             batch.head_bootstraps,
             batch.normalized_rewards,
-            batch.old_logprobs,
+            written_by,
             batch.ref_logprobs,
             mask,
             weights={name: weight / reward_scale for name, weight in weights.items()},
@@ -261,7 +265,7 @@ def account(cfg: Config, requests: list[PromptRequest], trajectories: list[Traje
         )
     other = {int(v) for t in trajectories for v in t.policy_version} - {version}
     if cfg.run.checks and version is not None and other:
-        raise InvariantFault(f"tokens were written by weights of version {sorted(other)}, the learner has {version}")
+        raise InvariantFault(f"tokens were written by weights of version {sorted(other)}, not {version}")
 
 
 def evaluate(
@@ -270,7 +274,8 @@ def evaluate(
     """Means over held-out prompts, one sample each, on the workers at `version` (None: as they loaded from disk)."""
     with ranks.together():
         requests = held_out.first(cfg.data.eval_prompts)
-        trajectories = rewards.collect(rewards.submit(rollouts.generate(requests)))
+        pending, _ = rollouts.start(requests, rewards.submit).result()
+        trajectories = rewards.collect(pending)
         account(cfg, rollouts.share(requests), trajectories, version=version)
     return evaluation_sums(trajectories, cfg.rewards).merge(ranks.sum_list).means()
 

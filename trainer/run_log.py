@@ -141,7 +141,6 @@ class RunLog:
         metrics: dict[str, float],
         *,
         samples: int | None = None,
-        rollout_tokens: int | None = None,
         learner_tokens: int | None = None,
     ) -> None:
         """Writes, shows and sends one step; adds time/<phase> and, from the counts given, perf/<rate>.
@@ -149,7 +148,7 @@ class RunLog:
         Args:
             step: from 1, rising.
             metrics: every name but those under time/.
-            samples, rollout_tokens, learner_tokens: what all ranks did in this step.
+            samples, learner_tokens: what all ranks did in this step.
         Raises:
             KeyError: a name that is not in core/metrics.py; nothing was written.
             StorageFault: the line could not be written.
@@ -163,7 +162,6 @@ class RunLog:
             row = dict(metrics)
             for name, amount, phase in (
                 ("perf/samples_per_s", samples, "total"),
-                ("perf/rollout_tokens_per_s", rollout_tokens, "rollout"),
                 ("perf/learner_tokens_per_s", learner_tokens, "update"),
             ):
                 if amount is not None and seconds.get(phase, 0.0) > 0:
@@ -262,7 +260,6 @@ class _SilentLog(RunLog):
         metrics: dict[str, float],
         *,
         samples: int | None = None,
-        rollout_tokens: int | None = None,
         learner_tokens: int | None = None,
     ) -> None:
         pass

@@ -16,9 +16,21 @@ class Generation:
     finish_reason: FinishReason
 
 
+@dataclass(frozen=True, kw_only=True)
+class Begun:
+    """What a response holds already: tokens written before, or put there by an environment. Fewer than a whole one."""
+
+    response_ids: np.ndarray  # [t] int64
+    logprobs: np.ndarray  # [t] float32, kept as they are
+
+
 class Engine(Protocol):
-    def generate(self, requests: list[PromptRequest]) -> list[Generation]:
-        """One response to each request, in order; the ids are a function of (weights, prompt, seed, ordinal, k)."""
+    def generate(self, requests: list[PromptRequest], begun: list[Begun | None] | None = None) -> list[Generation]:
+        """One response to each request, in order; the ids are a function of (weights, prompt, seed, ordinal, k).
+
+        `begun`: for each request what its response starts with, or None; it counts towards the longest response, and
+        token t is decided by random number t whoever wrote those before it. The answer holds the whole response.
+        """
         ...
 
     def logprobs(self, prompt_ids: np.ndarray, response_ids: np.ndarray) -> np.ndarray:

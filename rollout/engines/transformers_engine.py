@@ -24,7 +24,7 @@ from core.logprobs import logprobs_from_logits
 from core.pretrained import load_causal_lm
 from core.trajectory import PromptRequest
 from core.weights import named_tensors
-from rollout.engines.engine import Generation
+from rollout.engines.engine import Begun, Generation
 from rollout.engines.slots import ATTENTION, Prompts, Slots, Tokens
 
 
@@ -59,16 +59,28 @@ class _Responses:
     logprobs: Tensor  # [B, steps]
     lengths: Tensor  # [B]
     stopped: Tensor  # [B] bool
+    begun: Tensor  # [B] tokens that were there before
 
     @classmethod
-    def blank(cls, requests: list[PromptRequest], steps: int, device: torch.device) -> "_Responses":
+    def of(
+        cls, requests: list[PromptRequest], begun: list[Begun | None], steps: int, device: torch.device
+    ) -> "_Responses":
         n = len(requests)
+        ids, logprobs = torch.zeros((n, steps), dtype=torch.long), torch.zeros((n, steps), dtype=torch.float32)
+        starts = torch.zeros(n, dtype=torch.long)
+        for i, start in enumerate(begun):
+            if start is not None:
+                starts[i] = len(start.response_ids)
+                assert starts[i] < steps, f"a response of {steps} tokens was begun with {starts[i]}"
+                ids[i, : starts[i]] = torch.tensor(start.response_ids)
+                logprobs[i, : starts[i]] = torch.tensor(start.logprobs)
         return cls(
             random=torch.from_numpy(np.stack([uniforms(r, steps) for r in requests])).to(device),
-            ids=torch.zeros((n, steps), dtype=torch.long, device=device),
-            logprobs=torch.zeros((n, steps), dtype=torch.float32, device=device),
+            ids=ids.to(device),
+            logprobs=logprobs.to(device),
             lengths=torch.full((n,), steps, device=device),
             stopped=torch.zeros(n, dtype=torch.bool, device=device),
+            begun=starts.to(device),
         )
 
     def generations(self) -> list[Generation]:
@@ -133,35 +145,39 @@ class TransformersEngine:
         return logprobs_from_logits(logits, ids[:, -n:], self.temperature).float().cpu().numpy()
 
     @torch.inference_mode()
-    def generate(self, requests: list[PromptRequest]) -> list[Generation]:
-        responses = _Responses.blank(requests, self.max_new_tokens, self.device)
+    def generate(self, requests: list[PromptRequest], begun: list[Begun | None] | None = None) -> list[Generation]:
+        begun = begun or [None] * len(requests)
+        responses = _Responses.of(requests, begun, self.max_new_tokens, self.device)
+        texts = [  # that are read before the first token is written
+            request.prompt_ids if start is None else np.concatenate([request.prompt_ids, start.response_ids])
+            for request, start in zip(requests, begun, strict=True)
+        ]
         if self.in_slots:
+            longest = max(len(request.prompt_ids) for request in requests)
             with self._attention_over_slots():
-                self._write_in_slots(requests, responses)
+                self._write_in_slots(texts, longest + self.max_new_tokens, responses)
         else:
-            self._write_side_by_side(requests, responses)
+            self._write_side_by_side(texts, responses)
         return responses.generations()
 
     # ------------------------------------------------------------------------------------------------------- in slots
 
-    def _write_in_slots(self, requests: list[PromptRequest], out: _Responses) -> None:
-        n_slots = min(self.slots, len(requests))
-        longest = max(len(r.prompt_ids) for r in requests)
-        slots = self._make_room(n_slots, longest + self.max_new_tokens)
+    def _write_in_slots(self, texts: list[np.ndarray], room: int, out: _Responses) -> None:
+        n_slots = min(self.slots, len(texts))
+        slots = self._make_room(n_slots, room)
         # Of each slot in use, the first B: its request, the number of tokens written, its last token and its place.
         request, written, token, place = (torch.zeros(0, dtype=torch.long, device=self.device) for _ in range(4))
         waiting = 0  # the first request that has no slot yet
         few = max(1, n_slots // 8)  # places that are worth a pass over prompts
-        while len(request) or waiting < len(requests):
+        while len(request) or waiting < len(texts):
             free = n_slots - len(request)
-            if waiting < len(requests) and (free >= min(few, len(requests) - waiting) or not len(request)):
-                entering = torch.arange(waiting, min(len(requests), waiting + free), device=self.device)
-                prompts = [requests[i].prompt_ids for i in entering.tolist()]
-                logits, lengths = self._read_prompts(prompts, slots, len(request))
-                first = self._sample(logits, entering, torch.zeros_like(entering), out)
+            if waiting < len(texts) and (free >= min(few, len(texts) - waiting) or not len(request)):
+                entering = torch.arange(waiting, min(len(texts), waiting + free), device=self.device)
+                logits, lengths = self._read_prompts([texts[i] for i in entering.tolist()], slots, len(request))
+                first = self._sample(logits, entering, out.begun[entering], out)
                 waiting += len(entering)
                 request, token = torch.cat([request, entering]), torch.cat([token, first])
-                written, place = torch.cat([written, torch.ones_like(entering)]), torch.cat([place, lengths])
+                written, place = torch.cat([written, out.begun[entering] + 1]), torch.cat([place, lengths])
             else:
                 logits = self._next_logits(token, place, slots)
                 token = self._sample(logits, request, written, out)
@@ -250,25 +266,28 @@ class TransformersEngine:
 
     # --------------------------------------------------------------------------------------------------- side by side
 
-    def _write_side_by_side(self, requests: list[PromptRequest], out: _Responses) -> None:
-        ids, mask = self._pad_left([r.prompt_ids for r in requests])  # [B, P]
+    def _write_side_by_side(self, texts: list[np.ndarray], out: _Responses) -> None:
+        ids, mask = self._pad_left(texts)  # [B, P]
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         cache = DynamicCache(config=self.model.config)
-        rows = torch.arange(len(requests), device=self.device)  # which request each row of the cache belongs to
-        for t in range(self.max_new_tokens):
+        rows = torch.arange(len(texts), device=self.device)  # which request each row of the cache belongs to
+        alive, written = torch.ones_like(rows, dtype=torch.bool), out.begun.clone()  # of each row
+        while True:
             logits = self._forward(ids, mask, positions, cache)
-            token, logprob = sample(logits, out.random[rows, t], self.temperature)
-            alive = ~out.stopped[rows]
-            out.ids[rows[alive], t], out.logprobs[rows[alive], t] = token[alive], logprob[alive]
-            ended = alive & torch.isin(token, self._stop)
-            out.stopped[rows[ended]], out.lengths[rows[ended]] = True, t + 1
-            alive &= ~ended
+            at = written.clamp(max=self.max_new_tokens - 1)  # where a row that has ended writes nothing
+            token, logprob = sample(logits, out.random[rows, at], self.temperature)
+            out.ids[rows[alive], at[alive]], out.logprobs[rows[alive], at[alive]] = token[alive], logprob[alive]
+            written = written + 1
+            stopped = alive & torch.isin(token, self._stop)
+            out.stopped[rows[stopped]], out.lengths[rows[stopped]] = True, written[stopped]
+            alive = alive & ~stopped & (written < self.max_new_tokens)
             n_alive = int(alive.sum())
             if n_alive == 0:
                 break
             if n_alive <= len(rows) // 2:  # halve the batch; which rows stay depends on this chunk alone
                 cache.batch_select_indices(alive.nonzero().squeeze(-1))
                 rows, token, mask, positions = rows[alive], token[alive], mask[alive], positions[alive]
+                written, alive = written[alive], alive[alive]
             ids, positions = token.unsqueeze(-1), positions[:, -1:] + 1
             mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
 
