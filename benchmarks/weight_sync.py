@@ -44,6 +44,7 @@ from trainer.weight_sender import WeightPublisher  # noqa: E402
 TRANSPORTS, NAIVE = ("object_store", "collective"), "rpc_per_tensor"
 S_PER_GB, RATIO, GROWTH = 0.08, 20.0, 1.10  # goals
 MB = 10**6
+SIZES = ["10x10", "10x1000", "100x100", "500x10", "500x1000"]
 TIMEOUT_S = 120.0
 PROBE = Probe(prompt_ids=np.array([[1]]), response_ids=np.array([[1]]))
 Cell = tuple[int, int]  # MB, tensors
@@ -253,15 +254,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--json", type=Path, required=True, help="where the rows go")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4, 8])
+    parser.add_argument("--sizes", nargs="+", default=SIZES, metavar="MBxTENSORS", help=f"default {' '.join(SIZES)}")
     parser.add_argument("--quick", action="store_true", help="10 MB in 10 tensors, 2 workers, 1 round")
     asked = parser.parse_args()
-    cells, counts = [(10, 10), (10, 1000), (100, 100), (500, 10), (500, 1000)], [1, 2, 4, 8]
     if asked.quick:
-        cells, counts, asked.rounds = [(10, 10)], [2], 1
+        asked.sizes, asked.workers, asked.rounds = ["10x10"], [2], 1
+    cells = [tuple(map(int, size.split("x"))) for size in asked.sizes]
     torch.set_num_threads(1)
     read = read_s_per_gb()
     with cluster.ray_session(load(CARDS, {"resources.object_store_mb": 200 if asked.quick else 3000})):
-        rows = measure(cells, counts, asked.rounds, lambda line: print(line, flush=True))
+        rows = measure(cells, asked.workers, asked.rounds, lambda line: print(line, flush=True))
     asked.json.write_text(json.dumps({"read_s_per_gb": read, "rows": rows}, indent=1) + "\n")
     print(f"{circumstances()}, {asked.rounds} rounds; one core reads 1 GB in {read:.3f} s")
     heads = list(rows[0])
