@@ -1,6 +1,6 @@
 """Seconds from the end of an optimizer step to the first token that every worker samples with the new weights.
 
-    python benchmarks/weight_sync.py --json sync.json            # about 15 minutes on two cores
+    python benchmarks/weight_sync.py --json sync.json            # all sizes, 10 to 30 minutes on two cores
     python benchmarks/weight_sync.py --json sync.json --quick    # one size
 
 The real publisher, transports, actors and receivers; the model is a stub whose tensors have the asked sizes (float32)
