@@ -45,7 +45,7 @@ class Child:
         self._log = log
         with open(log, "ab") as errors:
             self._process = subprocess.Popen(
-                [str(python), str(root / script)],
+                [str(python), "-P", str(root / script)],  # or rollout.py here would stand in for our package
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
@@ -62,7 +62,7 @@ class Child:
         if not line:
             code = self._process.wait()
             last = "\n".join(self._log.read_text(errors="replace").splitlines()[-15:])
-            raise RuntimeError(f"{self._process.args[1]} ended with {code} when asked to {do}:\n{last}")
+            raise RuntimeError(f"{self._process.args[-1]} ended with {code} when asked to {do}:\n{last}")
         return json.loads(line)
 
     def __enter__(self) -> "Child":
