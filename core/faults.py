@@ -44,6 +44,10 @@ class InvariantFault(Fault):
     exit_code = 5
 
 
+class TransitFault(InvariantFault):
+    """Weights did not arrive as they were sent; a second delivery may. A worker's live weights are as they were."""
+
+
 class StorageFault(Fault):
     """A file of the run could not be written, or what was written is damaged."""
 

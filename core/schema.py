@@ -370,8 +370,11 @@ class OptimConfig(Section):
 
 
 class SyncConfig(Section):
-    bucket_mb: float = Field(256, gt=0)
-    """Weights travel in buckets of about this size."""
+    transport: Literal["object_store", "collective", "cuda_ipc"] = "object_store"
+    """How weights reach the workers: shared memory of each host, a broadcast (gloo on a CPU, NCCL on GPUs), or memory
+    of the GPU that one learner shares with its workers."""
+    bucket_mb: float = Field(64, gt=0)
+    """Weights travel in buckets of about this size: one is on its way while the next is gathered."""
     timeout_s: float = Field(300, gt=0)
     """Deadline of each stage of a weight sync."""
 
@@ -496,6 +499,9 @@ class Config(Section):
         if batch % mini:
             near = _nearest_divisors(batch, mini)
             refuse("ppo.mini_batch_size", mini, f"does not divide rollout.batch_size {batch}; nearest are {near}")
+        if self.sync.transport != "object_store" and self.rollout.max_staleness:
+            remedy = "the learner would wait for workers that still write (rollout.max_staleness); take object_store"
+            refuse("sync.transport", self.sync.transport, remedy)
         if self.data.skip_solved is not None and n == 1:
             remedy = "one sample has no variance; set rollout.n_samples_per_prompt to 2 or more, or leave it out"
             refuse("data.skip_solved", self.data.skip_solved, remedy)

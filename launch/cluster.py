@@ -40,6 +40,17 @@ def device(cfg: Config) -> str:
     return "cuda" if cfg.resources.device != "cpu" and torch.cuda.is_available() else "cpu"
 
 
+def refuse_transport(cfg: Config, device: str, learners: int) -> None:
+    """Raise UserError where weights cannot travel as `sync.transport` says."""
+    if cfg.sync.transport == "cuda_ipc" and device == "cpu":
+        raise UserError("sync.transport = cuda_ipc: there is no GPU to share here; use object_store or collective")
+    if cfg.sync.transport == "cuda_ipc" and learners > 1:
+        raise UserError(
+            f"sync.transport = cuda_ipc: {learners} learner processes were asked for, and memory of one GPU reaches the"
+            " workers on it alone; use collective"
+        )
+
+
 def launched() -> tuple[int, int]:
     """(rank, number) of the learner processes, as the launcher wrote them into the environment."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))

@@ -41,6 +41,8 @@ def refuse(cfg: Config) -> set[str] | None:
         raise UserError(
             f"resources.device = cuda: torch {torch} is built without it; install another, or use cpu or auto"
         )
+    if cfg.resources.device == "cpu" or importlib.metadata.version("torch").endswith("+cpu"):
+        cluster.refuse_transport(cfg, "cpu", 1)
     run_folder.examine(cfg)
     room.refuse_too_little_shared_memory(cfg)
     folder = Path(cfg.model.path)

@@ -1,6 +1,6 @@
 """Exchange: a small actor through which learner ranks hand references to each other, each a Ray driver of its own.
 
-    rank 0     post(("weights", r), [manifest, bucket refs, probe])       -> every rank r that drives workers
+    rank 0     post(("weights", r), [digests, bucket refs])               -> every rank r that drives workers
     rank d     post(("chunks", r), [chunk ref])                           -> its guest r, a rank without workers
     rank r     take(("weights", r))
 

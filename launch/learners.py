@@ -33,6 +33,7 @@ def join(cfg: Config, stack: ExitStack, note: Callable[[str], None]) -> tuple[Ac
     deepspeed = _flag("ACCELERATE_USE_DEEPSPEED")
     _refuse(device, deepspeed)
     rank, world = cluster.launched()
+    cluster.refuse_transport(cfg, device, world)
     ours = "bf16" if cfg.model.dtype == "bfloat16" else "no"
     if os.environ.get("ACCELERATE_MIXED_PRECISION", "no") not in ("no", ours) and rank == 0:
         note(f"the mixed_precision of the accelerate file is not used: model.dtype is {cfg.model.dtype}")

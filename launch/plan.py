@@ -15,7 +15,7 @@ def plan(cfg: Config, learners: int = 1) -> str:
     columns = early.refuse(cfg)
     cluster.prepare_hub(cfg)
     early.check_rewards(cfg, columns=columns)
-    cluster.device(cfg)
+    cluster.refuse_transport(cfg, cluster.device(cfg), learners)
     from launch import build  # seconds of imports: what needs none of them was asked before
 
     tokenizer = build.load_tokenizer(cfg.model.path)

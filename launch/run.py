@@ -26,7 +26,7 @@ from launch.last_words import on_sigterm, undisturbed_end
 from launch.stopping import Stopping
 from launch.trackers import Trackers
 from launch.trained import Trained
-from launch.weight_transport import ObjectStoreTransport
+from launch.weight_transport import make_transport
 from rollout.prompts import PromptStream, leak
 from rollout.shares import Rollouts
 from trainer import checkpoint
@@ -202,7 +202,9 @@ def _train(
         transport = job.inline.make_transport(rollouts, cfg.sync.timeout_s)
     else:
         followers = tuple(range(1, min(ranks.size, cfg.rollout.workers)))
-        transport = ObjectStoreTransport(rollouts, cfg.sync.timeout_s, exchange, followers)
+        transport = make_transport(
+            cfg.sync, rollouts, exchange, followers, ranks=ranks, device=job.accelerator.device, note=note
+        )
     # No longer than a response, so that it fits into any window.
     probe = make_probe(job.held_out or job.prompts, min(PROBE_TOKENS, cfg.rollout.max_new_tokens))
     reference = learner.reference_logprobs(probe)

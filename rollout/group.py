@@ -4,7 +4,8 @@
       generate(chunks)  --chunk-->                      generate            -> refs, receipt
       wait: any receipt, or the nearest deadline  <---  (dies, hangs, answers)
       yield refs of the chunk that is ready             next chunk
-      update_weights --manifest, buckets, probe-->      begin, receive*, commit -> WeightAck
+      open_update, stage --manifest, buckets-->         begin, receive*            (while buckets are still made)
+      update_weights --digests, probe-->                commit -> WeightAck
 
 What waits here waits for a receipt or an acknowledgement, with a deadline of `timeout_s`; a worker that misses it is
 killed, replaced and its chunk dealt out again with attempt + 1. Ray retries nothing by itself: a retried call could run
@@ -20,7 +21,7 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
-from core.faults import Fault, ProcessFault
+from core.faults import Fault, ProcessFault, TransitFault
 from core.trajectory import PromptRequest
 from core.weights import Probe, WeightAck, WeightManifest
 from rollout.worker import RolloutWorker
@@ -31,7 +32,8 @@ class WeightUpdate:
     """One version as it lies in the object store: kept for workers that start later."""
 
     manifest: WeightManifest
-    buckets: list[Any]  # ObjectRefs of [n] uint8
+    buckets: list[Any]  # ObjectRefs of list of [n] uint8
+    digests: tuple[str, ...]  # of each bucket
     probe: Probe
     verify: Callable[[WeightAck], None]  # raises InvariantFault if a worker computes other numbers than the learner
 
@@ -76,6 +78,7 @@ class RolloutGroup:
         self._make_args, self._actor_options = make_args, actor_options
         self._timeout_s, self._max_losses, self._note = timeout_s, max_losses, note
         self._latest: WeightUpdate | None = None
+        self._staging: dict[str, Any] = {}  # name -> actor of the workers that get the version on its way early
         self._slots = [_Slot(i) for i in workers]
         self._closed = False  # who ended the workers wants no successors
         self.pids: dict[str, int] = {}
@@ -97,27 +100,55 @@ class RolloutGroup:
                     self._assign(slot, *todo.popleft())
             yield from self._await_any([s for s in self._slots if s.receipt is not None], todo)
 
-    def update_weights(self, update: WeightUpdate, timeout_s: float) -> int:
-        """Give a version to every worker and verify what each one acknowledges; returns how many did.
+    def open_update(self, manifest: WeightManifest) -> list[str]:
+        """Tell every worker that serves which version comes; names of those that were told. Waits for nothing."""
+        self._staging = {slot.name: slot.actor for slot in self._slots if slot.ready}
+        self.stage("begin_update", manifest)
+        return list(self._staging)
 
-        A worker that dies or misses the deadline is replaced, and its replacement acknowledges in `_await_any` before
-        it gets a chunk. Raises what a worker raised (a damaged or older version), or InvariantFault from `verify`.
+    def stage(self, method: str, *args: Any, first: dict[str, tuple] | None = None) -> None:
+        """Queue a call, for its part of the opened version, at each worker that was told of it. Waits for nothing: what
+        goes wrong is in the answer to the commit. `first`: name -> arguments before `args`, of those named there."""
+        for name, actor in self._staging.items():
+            if first is None or name in first:
+                getattr(actor, method).remote(*(first[name] if first else ()), *args)
+
+    def update_weights(self, update: WeightUpdate, timeout_s: float) -> int:
+        """Have every worker commit a version and verify what each one acknowledges; returns how many did.
+
+        A worker that was not told early gets the buckets now, and so does, once, one that they reached damaged or not
+        at all. A worker that dies or misses the deadline is replaced, and its replacement acknowledges in `_await_any`
+        before it gets a chunk. Raises what a worker raised (an older version, a second damage), or InvariantFault from
+        `verify`.
         """
         self._latest = update
-        pending = {slot.index: self._send(slot) for slot in self._slots if slot.ready}
-        deadline, verified = time.monotonic() + timeout_s, 0
-        for slot in self._slots:
-            if slot.index in pending:
+        serving, starting = ([slot for slot in self._slots if slot.ready is ready] for ready in (True, False))
+        pending = {}
+        for slot in serving:
+            if self._staging.get(slot.name) is slot.actor:
+                pending[slot.index] = slot.actor.commit_update.remote(update.probe, update.digests)
+            else:
+                pending[slot.index] = self._send(slot)
+        self._staging = {}
+        verified = 0
+        for again in (False, True):
+            deadline, damaged = time.monotonic() + timeout_s, []
+            for slot in serving:
                 try:
                     update.verify(ray.get(pending[slot.index], timeout=max(0.0, deadline - time.monotonic())))
                     verified += 1
                 except (RayActorError, GetTimeoutError) as error:
                     self._lose(slot, f"while weights of version {update.manifest.version} were sent", error)
                 except RayTaskError as error:
-                    raise self._cause(error, slot) from None
-        for slot in self._slots:
-            if slot.index not in pending and not slot.ready:  # it is still starting: queue this version behind
-                slot.receipt, slot.deadline = self._send(slot), time.monotonic() + self._timeout_s
+                    if again or not isinstance(error.cause, TransitFault):
+                        raise self._cause(error, slot) from None
+                    self.counters["weights_resent"] += 1
+                    self._note(f"{slot.name}: {error.cause}; they are sent again, through the object store")
+                    damaged.append(slot)
+            pending = {slot.index: self._send(slot) for slot in damaged}
+            serving = damaged
+        for slot in starting:  # queue this version behind
+            slot.receipt, slot.deadline = self._send(slot), time.monotonic() + self._timeout_s
         return verified
 
     def close(self) -> None:
@@ -145,7 +176,7 @@ class RolloutGroup:
         slot.actor.begin_update.remote(update.manifest)
         for index, bucket in enumerate(update.buckets):
             slot.actor.receive_bucket.remote(index, bucket)
-        return slot.actor.commit_update.remote(update.probe)
+        return slot.actor.commit_update.remote(update.probe, update.digests)
 
     def _assign(self, slot: _Slot, number: int, chunk: list[PromptRequest]) -> None:
         slot.number, slot.chunk = number, chunk

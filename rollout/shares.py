@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from core.faults import ProcessFault
 from core.trajectory import PromptRequest
+from core.weights import WeightManifest
 from rollout.group import RolloutGroup, WeightUpdate
 from rollout.in_order import InOrder
 
@@ -96,6 +97,16 @@ class Rollouts:
         """Until every worker of this rank has loaded its model."""
         if self._group is not None:
             self._group.wait_ready()
+
+    def open_update(self, manifest: WeightManifest) -> list[str]:
+        """See RolloutGroup.open_update; a guest has no workers to tell. Nor are they told early where batches are
+        written ahead: the version before may still wait for its commit, and this one would take its place."""
+        return self._group.open_update(manifest) if self._group is not None and not self._ahead else []
+
+    def stage(self, method: str, *args: Any, first: dict[str, tuple] | None = None) -> None:
+        """See RolloutGroup.stage."""
+        if self._group is not None and not self._ahead:
+            self._group.stage(method, *args, first=first)
 
     def update_weights(self, update: WeightUpdate, timeout_s: float) -> int | None:
         """See RolloutGroup.update_weights; a guest has no worker to give them to. None where batches are written ahead:

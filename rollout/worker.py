@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from core.faults import TransitFault
 from core.trajectory import PromptRequest, Trajectory
-from core.weights import Probe, WeightAck, WeightManifest
+from core.weights import Flat, Probe, WeightAck, WeightManifest
 from rollout.engines.engine import Engine
 from rollout.offsets import OffsetMapper
+from rollout.weight_broadcast import BroadcastGroup, Rendezvous
 from rollout.weight_receiver import WeightReceiver
 
 
@@ -39,7 +41,9 @@ class RolloutWorker:
         self.name = name
         self._engine = load_engine()
         self._map_offsets = OffsetMapper(load_tokenizer())
-        self._weights = WeightReceiver(self._engine.live_tensors())
+        self._weights = WeightReceiver(self._engine.live_tensors)
+        self._group: BroadcastGroup | None = None
+        self._no_group = "it was told of no group"  # why, where there is none
 
     def hello(self) -> WorkerReady:
         """Answers once the model is loaded."""
@@ -71,15 +75,61 @@ class RolloutWorker:
         return trajectories, sum(len(t) for t in trajectories)
 
     def begin_update(self, manifest: WeightManifest) -> None:
+        """See WeightReceiver.begin. Then the buckets, one way or another, then commit_update."""
         self._weights.begin(manifest)
 
-    def receive_bucket(self, index: int, bucket: np.ndarray) -> None:
-        self._weights.receive(index, bucket)
+    def receive_bucket(self, index: int, pieces: list[np.ndarray]) -> None:
+        """Through the object store: arrays are shared memory of this host, and stay there."""
+        self._weights.receive(index, pieces)
 
-    def commit_update(self, probe: Probe) -> WeightAck:
+    def join_broadcast(self, place: Rendezvous, rank: int) -> None:
+        """Take part in a group for weights; leaves the one before. Waits for all members, `place.timeout_s`."""
+        self._group = None
+        try:
+            self._group = BroadcastGroup(place, rank, self._device)
+        except RuntimeError as error:
+            self._no_group = _first_line(error)
+
+    def receive_broadcast(self) -> None:
+        """All buckets of the opened version from the group. Waits for the sender, its time-out for each.
+
+        A group that breaks is left, and the commit of this version raises TransitFault.
+        """
+        manifest = self._weights.opened
+        try:
+            if self._group is None:
+                raise RuntimeError(self._no_group)
+            for index in range(len(manifest.buckets)):
+                layout = Flat(manifest, index)
+                flat = torch.empty(layout.n_bytes, dtype=torch.uint8, device=self._device)
+                self._group.broadcast(flat)
+                self._weights.receive(index, layout.cut(flat))
+        except RuntimeError as error:
+            self._group = None  # whoever waits for this one hears of it
+            self._no_group = _first_line(error)
+            self._weights.refuse(
+                TransitFault(
+                    f"weights of version {manifest.version} were broadcast, and {self.name} lost the sender or another"
+                    f" worker: {self._no_group}"
+                )
+            )
+
+    def receive_shared(self, index: int, rebuild: Callable[..., torch.Tensor], handle: tuple) -> None:
+        """A flat bucket in memory of this GPU that the learner keeps until the commit (CUDA IPC)."""
+        self._weights.receive(index, Flat(self._weights.opened, index).cut(rebuild(*handle)))
+
+    def commit_update(self, probe: Probe, digests: tuple[str, ...]) -> WeightAck:
         """Put the staged weights to use and say what they compute."""
-        digest = self._weights.commit()
+        digest = self._weights.commit(digests)
         logprobs = self._engine.logprobs(probe.prompt_ids, probe.response_ids)
         return WeightAck(
             worker=self.name, version=self._weights.version, digest=digest, probe_logprobs=logprobs, pid=os.getpid()
         )
+
+    @property
+    def _device(self) -> torch.device:
+        return next(iter(self._engine.live_tensors().values())).device
+
+
+def _first_line(error: RuntimeError) -> str:
+    return (str(error).splitlines() or ["no words"])[0]

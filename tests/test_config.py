@@ -37,6 +37,14 @@ def test_there_are_shipped_configs():
     assert "cards.yaml" in [p.name for p in SHIPPED]
 
 
+@pytest.mark.parametrize("transport", ["collective", "cuda_ipc"])
+def test_a_transport_that_waits_for_workers_is_refused_where_they_write_ahead(transport):
+    how = {"sync.transport": transport, "rollout.max_staleness": 1}
+    assert refusal(how).startswith(f"sync.transport = {transport}: the learner would wait for workers")
+    load(None, LEAST | how | {"rollout.max_staleness": 0})
+    load(None, LEAST | how | {"sync.transport": "object_store"})
+
+
 def test_every_key_is_explained():
     assert len(leaf_keys()) > 50
     assert not [key for key, (_, _, text) in leaf_keys().items() if len(text) < 10]

@@ -12,12 +12,12 @@ import tiny_models
 from core.config import load
 from core.faults import InvariantFault
 from core.schema import Config
-from core.weights import Probe, make_manifest, pack
+from core.weights import Probe, WeightStream
 from rollout.engines.transformers_engine import TransformersEngine
-from rollout.weight_receiver import WeightReceiver
 from trainer.batch import TrainBatch
 from trainer.learner import Learner
 from trainer.loop import credit
+from weight_delivery import receiver_of, send
 
 N = 12
 
@@ -205,14 +205,11 @@ def test_bfloat16_workers_get_what_the_learner_computes_with(name, tmp_path):
     tensors, live = it.export_weights(), worker.live_tensors()
     assert {n: (x.dtype, x.shape) for n, x in tensors.items()} == {n: (x.dtype, x.shape) for n, x in live.items()}
     assert torch.bfloat16 in {x.dtype for x in tensors.values()}
-    manifest, receiver = make_manifest(1, tensors, 10**9), WeightReceiver(live)
-    aliases = [s for s in manifest.specs if s.alias_of]
+    aliases = [s for s in it.stream_weights().specs if s.alias_of]
+    assert it.stream_weights().specs == WeightStream.of(tensors).specs  # told beforehand as it is in the end
     assert len(aliases) == (0 if name.endswith("untied") else 1)
     before = worker.logprobs(np.array([[1, 2, 3]]), np.array([[4, 5, 6]]))
-    receiver.begin(manifest)
-    for index, names in enumerate(manifest.buckets):
-        receiver.receive(index, pack(names, tensors))
-    receiver.commit()
+    send(receiver_of(live), tensors, 1)
     probe = Probe(prompt_ids=np.array([[1, 2, 3]]), response_ids=np.array([[4, 5, 6]]))
     after, wanted = worker.logprobs(probe.prompt_ids, probe.response_ids), it.probe_logprobs(probe)
     assert np.abs(after - wanted).max() < 0.3 < np.abs(before - wanted).max()

@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM
 
 import tiny_models
 from core.config import load
-from core.faults import InvariantFault, UserError
+from core.faults import InvariantFault, TransitFault, UserError
 from core.logprobs import logprobs_from_logits
 from core.schema import Config
-from core.weights import LORA_A, LORA_B, Probe, make_manifest, pack
+from core.weights import LORA_A, LORA_B, Probe
 from policy_reading import policy_of, read
 from rollout.engines.transformers_engine import TransformersEngine
 from rollout.weight_receiver import WeightReceiver
@@ -25,6 +25,7 @@ from trainer import adapters, checkpoint, engine_weights
 from trainer.batch import TrainBatch
 from trainer.learner import Learner
 from trainer.loop import credit
+from weight_delivery import receiver_of, send
 
 N = 8
 MODELS = ["llama-tied", "llama-untied", "gpt2"]  # GPT-2's linear layers keep their weights transposed
@@ -171,14 +172,6 @@ class TestSync:
     """`export_weights` and the receiver of a worker, which loaded the base from disk."""
 
     @staticmethod
-    def send(receiver: WeightReceiver, tensors: dict[str, Tensor], version: int) -> str:
-        manifest = make_manifest(version, tensors, 3000)
-        receiver.begin(manifest)
-        for i, names in enumerate(manifest.buckets):
-            receiver.receive(i, pack(names, tensors))
-        return receiver.commit()
-
-    @staticmethod
     def worker(name: str) -> TransformersEngine:
         return TransformersEngine(tiny_models.make_model(name), (0,), temperature=1.0, max_new_tokens=4)
 
@@ -201,16 +194,16 @@ class TestSync:
     def test_the_worker_computes_what_the_learner_does_after_every_sync(self, name, value):
         """The third sync equals that of a fresh worker: what is added is never added to what was added before."""
         it, engine = learner(name, **{"model.value": value}), self.worker(name)
-        receiver, base = WeightReceiver(engine.live_tensors()), logprobs_of(engine.model, name)
+        receiver, base = receiver_of(engine.live_tensors()), logprobs_of(engine.model, name)
         for version in range(3):
-            self.send(receiver, it.export_weights(), version)
+            send(receiver, it.export_weights(), version)
             assert apart(logprobs_of(engine.model, name), of_learner(it, name)) <= 1e-5
             train(it, name)
         assert apart(of_learner(it, name), base) > 1e-2
-        self.send(receiver, it.export_weights(), 3)
-        self.send(receiver, it.export_weights(), 4)
+        send(receiver, it.export_weights(), 3)
+        send(receiver, it.export_weights(), 4)
         fresh = self.worker(name)
-        self.send(WeightReceiver(fresh.live_tensors()), it.export_weights(), 4)
+        send(receiver_of(fresh.live_tensors()), it.export_weights(), 4)
         for tensor, other in zip(engine.live_tensors().values(), fresh.live_tensors().values(), strict=True):
             assert torch.equal(tensor, other)
         assert receiver.version == 4
@@ -218,7 +211,7 @@ class TestSync:
     def test_the_probe_of_worker_and_learner_agree(self):
         it, engine = learner("gpt2"), self.worker("gpt2")
         train(it, "gpt2")
-        self.send(WeightReceiver(engine.live_tensors()), it.export_weights(), 1)
+        send(receiver_of(engine.live_tensors()), it.export_weights(), 1)
         probe = Probe(prompt_ids=np.arange(3, 9)[None], response_ids=np.arange(20, 29)[None])
         mine, theirs = it.probe_logprobs(probe), engine.logprobs(probe.prompt_ids, probe.response_ids)
         assert np.abs(mine - theirs).max() < 1e-5
@@ -229,7 +222,7 @@ class TestSync:
         train(it, "llama-untied")
         live, sent = engine.live_tensors(), it.export_weights()
         change(sent, next(iter(sent)).removesuffix(LORA_A).removesuffix(LORA_B))
-        return WeightReceiver(live), sent, {n: x.clone() for n, x in live.items()}
+        return receiver_of(live), sent, {n: x.clone() for n, x in live.items()}
 
     @pytest.mark.parametrize(
         "change",
@@ -246,28 +239,27 @@ class TestSync:
     def test_what_does_not_fit_is_refused_and_changes_nothing(self, change):
         receiver, sent, before = self.broken(change)
         with pytest.raises(InvariantFault, match="do not fit this model"):
-            self.send(receiver, sent, 1)
+            send(receiver, sent, 1)
         assert all(torch.equal(x, before[n]) for n, x in receiver._live.items()) and receiver.version == -1
 
     def test_bytes_that_changed_on_the_way_are_refused_and_change_nothing(self):
         receiver, sent, before = self.broken(lambda *_: None)
-        manifest = make_manifest(1, sent, 10**9)
-        receiver.begin(manifest)
-        bucket = pack(manifest.buckets[0], sent)
-        bucket[7] ^= 1
-        receiver.receive(0, bucket)
-        with pytest.raises(InvariantFault, match="arrived damaged"):
-            receiver.commit()
+
+        def flip(buckets):
+            buckets[0][0][7] ^= 1
+
+        with pytest.raises(TransitFault, match="arrived damaged"):
+            send(receiver, sent, 1, spoil=flip)
         assert all(torch.equal(x, before[n]) for n, x in receiver._live.items()) and receiver.version == -1
 
     def test_a_layer_that_had_an_adapter_may_not_go_without(self):
         """It would keep the sum with the adapter of an older version."""
         receiver, sent, _ = self.broken(lambda *_: None)
-        self.send(receiver, sent, 1)
+        send(receiver, sent, 1)
         layer = next(iter(sent)).removesuffix(LORA_A).removesuffix(LORA_B)
         fewer = {n: x for n, x in sent.items() if not n.startswith(layer)}
         with pytest.raises(InvariantFault, match="do not fit this model"):
-            self.send(receiver, fewer, 2)
+            send(receiver, fewer, 2)
 
 
 class TestOnDisk:

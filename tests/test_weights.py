@@ -7,8 +7,21 @@ import pytest
 import torch
 
 import tiny_models
-from core.faults import InvariantFault
-from core.weights import LORA_A, LORA_B, Probe, WeightAck, make_manifest, named_tensors, pack
+from core.faults import InvariantFault, TransitFault
+from core.weights import (
+    LORA_A,
+    LORA_B,
+    Flat,
+    Probe,
+    WeightAck,
+    WeightStream,
+    as_bytes,
+    digest_of,
+    in_buckets,
+    make_manifest,
+    named_tensors,
+    version_digest,
+)
 from policy_reading import policy_of, read
 from rollout.engines.transformers_engine import TransformersEngine
 from rollout.weight_receiver import WeightReceiver
@@ -16,14 +29,7 @@ from trainer import adapters, engine_weights
 from trainer.batch import TrainBatch
 from trainer.ranks import Ranks
 from trainer.weight_sender import WeightPublisher
-
-
-def send(receiver: WeightReceiver, tensors: dict[str, torch.Tensor], version: int, bucket_bytes: int = 5000) -> str:
-    manifest = make_manifest(version, tensors, bucket_bytes)
-    receiver.begin(manifest)
-    for index, names in enumerate(manifest.buckets):
-        receiver.receive(index, pack(names, tensors))
-    return receiver.commit()
+from weight_delivery import packed, receiver_of, send
 
 
 @pytest.mark.parametrize("name", tiny_models.configs())
@@ -32,17 +38,17 @@ def test_a_model_that_received_computes_as_the_sender(name):
     ids = torch.arange(1, 30)[None]
     with torch.no_grad():
         assert not torch.allclose(sender(ids).logits, worker(ids).logits, atol=1e-2)
-        send(WeightReceiver(named_tensors(worker)), named_tensors(sender), 3)
+        send(receiver_of(named_tensors(worker)), named_tensors(sender), 3)
         assert torch.equal(sender(ids).logits, worker(ids).logits)
 
 
 def test_tied_tensors_travel_once_and_arrive_under_both_names():
     tied, untied = tiny_models.make_model("llama-tied", seed=1), tiny_models.make_model("llama-untied", seed=2)
-    manifest = make_manifest(0, named_tensors(tied), 10**9)
-    (alias,) = [s for s in manifest.specs if s.alias_of]
+    specs = WeightStream.of(named_tensors(tied)).specs
+    (alias,) = [s for s in specs if s.alias_of]
     assert {alias.name, alias.alias_of} == {"lm_head.weight", "model.embed_tokens.weight"}
     # A receiver whose head has storage of its own must get it too: otherwise the head silently keeps old weights.
-    send(WeightReceiver(named_tensors(untied)), named_tensors(tied), 0)
+    send(receiver_of(named_tensors(untied)), named_tensors(tied), 0)
     assert torch.equal(untied.lm_head.weight, tied.model.embed_tokens.weight)
 
 
@@ -50,23 +56,62 @@ def test_buffers_travel_too():
     sender, worker = tiny_models.make_model("llama-tied"), tiny_models.make_model("llama-tied")
     (name,) = [n for n, _ in sender.named_buffers() if n.endswith("rotary_emb.inv_freq")]
     sender.get_buffer(name).mul_(0.5)
-    send(WeightReceiver(named_tensors(worker)), named_tensors(sender), 1)
+    send(receiver_of(named_tensors(worker)), named_tensors(sender), 1)
     assert torch.equal(worker.get_buffer(name), sender.get_buffer(name))
 
 
 def test_buckets_are_of_the_asked_size_and_together_hold_everything():
     tensors = {f"t{i}": torch.full((100,), float(i)) for i in range(10)}  # 400 bytes each
-    manifest = make_manifest(0, tensors, 1000)
+    specs = WeightStream.of(tensors).specs
+    manifest = make_manifest(0, specs, 1000)
     assert [len(b) for b in manifest.buckets] == [2, 2, 2, 2, 2]
     assert [n for b in manifest.buckets for n in b] == list(tensors)
-    assert make_manifest(0, tensors, 1).buckets == tuple((n,) for n in tensors)  # a tensor is never cut
+    assert make_manifest(0, specs, 1).buckets == tuple((n,) for n in tensors)  # a tensor is never cut
+
+
+def test_a_bucket_as_one_buffer_is_cut_into_what_was_packed():
+    """Pieces of 1, 12 and 130 bytes: at 0, 64 and 128, and 320 bytes in all."""
+    tensors = {"a": torch.tensor(True), "b": torch.arange(3.0), "c": torch.arange(65, dtype=torch.bfloat16)}
+    layout = Flat(make_manifest(0, WeightStream.of(tensors).specs, 10**6), 0)
+    assert layout.places == [(0, 1), (64, 76), (128, 258)] and layout.n_bytes == 320
+    pieces = layout.cut(layout.pack(list(tensors.values())))
+    assert [as_bytes(p).tobytes() for p in pieces] == [as_bytes(x).tobytes() for x in tensors.values()]
+
+
+def test_one_tensor_after_the_other_is_asked_for():
+    """What a bucket does not need yet is not gathered yet."""
+    asked = []
+
+    def tensors():
+        for name in "abcd":
+            asked.append(name)
+            yield name, torch.zeros(100)
+
+    specs = WeightStream.of({name: torch.zeros(100) for name in "abcd"}).specs
+    buckets = in_buckets(make_manifest(0, specs, 800), tensors())
+    assert len(next(buckets)) == 2 and asked == ["a", "b"]
+    assert len(next(buckets)) == 2 and asked == ["a", "b", "c", "d"]
+
+
+@pytest.mark.parametrize("name", tiny_models.configs())
+def test_what_a_stream_says_beforehand_is_what_comes(name):
+    lm = tiny_models.make_model(name)
+    stream = engine_weights.stream(lm, torch.bfloat16)
+    came = dict(stream.tensors)
+    assert list(came) == [s.name for s in stream.specs if s.alias_of is None]
+    for spec in stream.specs:
+        tensor = came[spec.alias_of or spec.name]
+        assert (str(tensor.dtype), tuple(tensor.shape)) == (spec.dtype, spec.shape)
+    exported = engine_weights.export(lm, torch.bfloat16)
+    assert {n: x.shape for n, x in exported.items()} == {n: x.shape for n, x in named_tensors(lm).items()}
+    assert digest_of(exported) == digest_of({n: came[s.alias_of or n] for s in stream.specs for n in [s.name]})
 
 
 @pytest.fixture
 def pair() -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], WeightReceiver]:
     sender = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor([True, False]), "c": torch.tensor(5)}
     live = {name: torch.zeros_like(x) for name, x in sender.items()}
-    return sender, live, WeightReceiver(live)
+    return sender, live, receiver_of(live)
 
 
 def untouched(live: dict[str, torch.Tensor]) -> bool:
@@ -75,40 +120,67 @@ def untouched(live: dict[str, torch.Tensor]) -> bool:
 
 def test_nothing_is_touched_before_commit(pair):
     sender, live, receiver = pair
-    manifest = make_manifest(4, sender, 10**6)
+    manifest, (bucket,), digests = packed(sender, 4, 10**6)
     receiver.begin(manifest)
-    receiver.receive(0, pack(manifest.buckets[0], sender))
+    receiver.receive(0, bucket)
     assert untouched(live) and receiver.version == -1
-    receiver.commit()
+    receiver.commit(digests)
     assert all(torch.equal(live[n], sender[n]) for n in sender) and receiver.version == 4
+
+
+def test_on_a_cpu_what_arrived_is_used_where_it_lies(pair):
+    """No copy, and read-only memory, as Ray's is, is never written into: not by the next version either."""
+    sender, live, receiver = pair
+    manifest, (bucket,), digests = packed(sender, 4, 10**6)
+    for piece in bucket:
+        piece.flags.writeable = False
+    receiver.begin(manifest)
+    receiver.receive(0, bucket)
+    receiver.commit(digests)
+    assert [live[n].data_ptr() for n in sender] == [piece.ctypes.data for piece in bucket]
+    send(receiver, {n: x.logical_not() if x.dtype == torch.bool else x + 1 for n, x in sender.items()}, 5)
+    assert bucket[0].tobytes() == as_bytes(sender["a"]).tobytes() and live["a"][0, 0] == 1
+
+
+def test_an_engine_that_keeps_other_tensors_is_noticed(pair):
+    """It gives its receiver copies of what it computes with."""
+    sender, live, _ = pair
+    with pytest.raises(InvariantFault, match="a holds other numbers than sent"):
+        send(WeightReceiver(lambda: {n: x.clone() for n, x in live.items()}), sender, 1)
 
 
 def test_a_missing_bucket_a_flipped_bit_and_a_short_bucket_are_refused(pair):
     sender, live, receiver = pair
-    manifest = make_manifest(4, sender, 1)
+    manifest, buckets, digests = packed(sender, 4, 1)
     receiver.begin(manifest)
-    receiver.receive(0, pack(manifest.buckets[0], sender))
-    with pytest.raises(InvariantFault, match="lack 2 tensors"):
-        receiver.commit()
-    for index, names in enumerate(manifest.buckets):
-        bucket = pack(names, sender)
-        bucket[0] ^= index == 0
+    receiver.receive(0, buckets[0])
+    with pytest.raises(TransitFault, match="lack 2 tensors"):
+        receiver.commit(digests)
+    for index, bucket in enumerate(buckets):
+        bucket[0][0] ^= index == 0
         receiver.receive(index, bucket)
-    with pytest.raises(InvariantFault, match="damaged"):
-        receiver.commit()
-    for bucket, words in ((pack(manifest.buckets[0], sender)[:-1], "ends inside a"), (np.zeros(25, "u1"), "too many")):
+    with pytest.raises(TransitFault, match=r"damaged: bucket 0 \(a"):
+        receiver.commit(digests)
+    buckets[0][0][0] ^= 1
+    for bucket, words in (
+        ([buckets[0][0][:-1]], "has 23 of 24 bytes"),
+        ([np.zeros(25, "u1")], "has 25 of 24 bytes"),
+        ([], "has 0 of 1 tensors"),
+    ):
         receiver.begin(manifest)
-        with pytest.raises(InvariantFault, match=words):
+        with pytest.raises(TransitFault, match=words):
             receiver.receive(0, bucket)
-        with pytest.raises(InvariantFault, match=words):  # the sender reads this answer alone
-            receiver.commit()
+        with pytest.raises(TransitFault, match=words):  # the sender reads this answer alone
+            receiver.commit(digests)
     assert untouched(live) and receiver.version == -1
+    send(receiver, sender, 4)  # delivered again
+    assert torch.equal(live["a"], sender["a"])
 
 
 def test_an_older_version_another_shape_and_a_bucket_without_manifest_are_refused(pair):
     sender, live, receiver = pair
     with pytest.raises(InvariantFault, match="before its manifest"):
-        receiver.receive(0, np.zeros(1, dtype=np.uint8))
+        receiver.receive(0, [np.zeros(1, dtype=np.uint8)])
     send(receiver, sender, 5)
     with pytest.raises(InvariantFault, match="version 4 offered, 5 is in use"):
         send(receiver, sender, 4)
@@ -122,37 +194,38 @@ def test_an_older_version_another_shape_and_a_bucket_without_manifest_are_refuse
 def test_the_digest_depends_on_version_names_shapes_and_bytes():
     x = {"a": torch.arange(4.0), "b": torch.arange(4.0)}
     changed = [{"a": x["a"], "c": x["b"]}, {"a": x["a"].reshape(2, 2), "b": x["b"]}, {"a": x["a"] + 1e-7, "b": x["b"]}]
-    digests = {make_manifest(1, t, 100).digest for t in [x, *changed]} | {make_manifest(2, x, 100).digest}
-    assert len(digests) == 5
+    tied = {"a": x["a"], "b": x["a"]}
+    assert len({digest_of(t) for t in [x, *changed, tied]} | {digest_of(x, 2)}) == 6
 
 
-def test_weights_that_do_not_stay_in_the_live_model_are_noticed():
-    """Two names of one storage that are sent as two tensors: the later overwrites the earlier."""
+def test_what_is_one_tensor_here_and_two_at_the_sender_is_refused_before_anything_changes():
+    """The later would overwrite the earlier."""
     live = torch.zeros(3)
-    receiver = WeightReceiver({"a": live, "b": live})
-    with pytest.raises(InvariantFault, match="a holds other numbers than sent"):
+    receiver = receiver_of({"a": live, "b": live})
+    with pytest.raises(InvariantFault, match="b and a are one tensor in this model and were sent as two"):
         send(receiver, {"a": torch.ones(3), "b": torch.full((3,), 2.0)}, 1)
+    assert not live.any()
 
 
 class Transport:
     """Delivers to one engine in this process; `alter` may spoil the acknowledgement."""
 
     def __init__(self, engine: TransformersEngine, alter=lambda ack: ack, deliver: bool = True) -> None:
-        self.engine, self.receiver = engine, WeightReceiver(engine.live_tensors())
+        self.engine, self.receiver = engine, WeightReceiver(engine.live_tensors)
         self.alter, self.deliver = alter, deliver
 
-    def begin(self, manifest):
+    def open(self, manifest):
         self.manifest = manifest
         self.receiver.begin(manifest)
 
-    def send(self, index, bucket):
-        self.receiver.receive(index, bucket)
+    def send(self, index, tensors, raw):
+        self.receiver.receive(index, [piece.copy() for piece in raw])
 
-    def offer(self):
-        pass
+    def offer(self, digests):
+        self.digests = digests
 
     def commit(self, probe, verify):
-        digest = self.receiver.commit() if self.deliver else self.manifest.digest
+        digest = self.receiver.commit(self.digests) if self.deliver else version_digest(self.manifest, self.digests)
         logprobs = self.engine.logprobs(probe.prompt_ids, probe.response_ids)
         verify(
             self.alter(
@@ -168,8 +241,8 @@ class Sender:
     def __init__(self, model: torch.nn.Module) -> None:
         self.engine = TransformersEngine(model, (0,), temperature=1.0, max_new_tokens=1)
 
-    def export_weights(self):
-        return self.engine.live_tensors()
+    def stream_weights(self):
+        return WeightStream.of(self.engine.live_tensors())
 
     def probe_logprobs(self, probe):
         return self.engine.logprobs(probe.prompt_ids, probe.response_ids)
@@ -213,7 +286,7 @@ def test_publish_stops_when_a_worker_does_not_use_what_was_sent(spoil, words):
 def test_an_adapter_is_added_to_what_was_loaded_not_to_what_the_last_one_left():
     """W = [[1, 2], [3, 4]]; B A = [[3, 6], [0, 0]], then [[0, 0], [0, 5]]."""
     live = {"w": torch.tensor([[1.0, 2.0], [3.0, 4.0]]), "other": torch.tensor([7.0])}
-    receiver = WeightReceiver(live)
+    receiver = receiver_of(live)
     for version, (b, a, want) in enumerate(
         [
             ([[3.0], [0.0]], [[1.0, 2.0]], [[4.0, 8.0], [3.0, 4.0]]),
@@ -237,12 +310,12 @@ def test_a_worker_that_got_an_adapter_and_one_that_got_whole_weights_compute_as_
     batch = TrainBatch.collate(tiny_models.roll_out(engine, 4))
     want = read(policy, batch, 1.0).logprobs
     by_adapter, whole = tiny_models.make_model(name), tiny_models.make_model(name, seed=2)
-    receiver = WeightReceiver(named_tensors(by_adapter))
+    receiver = receiver_of(named_tensors(by_adapter))
     for version in (1, 2):
         send(receiver, engine_weights.export_adapter(lm), version)
     exported = engine_weights.export(lm, torch.float32)
     assert exported.keys() == named_tensors(whole).keys()
-    send(WeightReceiver(named_tensors(whole)), exported, 1)
+    send(receiver_of(named_tensors(whole)), exported, 1)
     assert float((want - read(policy_of(base), batch, 1.0).logprobs).abs().max()) > 0.1
     for worker in (by_adapter, whole):
         torch.testing.assert_close(read(policy_of(worker), batch, 1.0).logprobs, want, atol=1e-4, rtol=0)

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import distribute_tensor
 
-from core.weights import LORA_A, LORA_B
+from core.weights import LORA_A, LORA_B, TensorSpec, WeightStream
 from trainer import adapters
 
 TRAINED_FILE = "trained.safetensors"  # of a policy that is mostly frozen
@@ -40,28 +40,47 @@ def whole_parameters(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield name, tensor
 
 
-def export(lm: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+def stream(lm: nn.Module, dtype: torch.dtype) -> WeightStream:
     """Every parameter (in `dtype`) and buffer (in its own) of a causal LM under the names that transformers gives them.
 
-    Tied tensors are one tensor under each of their names; adapters are merged into their layers.
+    Each is gathered when it is asked for; what is sharded comes as a copy, what is whole as it is. Tied tensors come
+    once; adapters are merged into their layers.
     """
     adapted = adapters.layers(lm)
-    copies: dict[int, Tensor] = {}  # one per parameter, so that tied tensors stay tied
-    out: dict[str, Tensor] = {}
-    for name, parameter in lm.named_parameters(remove_duplicate=False):
-        if adapters.is_part(name):
-            continue
-        if id(parameter) not in copies:
+    first: dict[int, str] = {}  # of the names of one tensor
+    specs: list[TensorSpec] = []
+
+    def is_new(name: str, tensor: Tensor, dtype: torch.dtype) -> bool:
+        name = adapters.plain(name)
+        alias = first.setdefault(id(tensor), name)
+        shape = tuple(getattr(tensor, "ds_shape", tensor.shape))
+        specs.append(TensorSpec(name=name, dtype=str(dtype), shape=shape, alias_of=None if alias == name else alias))
+        return alias == name
+
+    named = [(n, p) for n, p in lm.named_parameters(remove_duplicate=False) if not adapters.is_part(n)]
+    parameters = [(n, p) for n, p in named if is_new(n, p, dtype)]
+    # Buffers keep their dtype: from_pretrained casts parameters only, and rotary frequencies want float32.
+    buffers = [(n, b) for n, b in lm.named_buffers(remove_duplicate=False) if is_new(n, b, b.dtype)]
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in parameters:
             layer = adapted.get(name.removesuffix(".base_layer.weight"))
             factors = () if layer is None else _factors(layer)
             with _whole(parameter) as whole:
                 merged = whole + torch.mm(*factors).to(whole.dtype) if factors else whole
-                copies[id(parameter)] = merged.detach().to(dtype, copy=_is_shard(parameter))
-        out[adapters.plain(name)] = copies[id(parameter)]
-    # Buffers keep their dtype: from_pretrained casts parameters only, and rotary frequencies want float32.
-    for name, buffer in lm.named_buffers(remove_duplicate=False):
-        out[adapters.plain(name)] = buffer.detach()
-    return out
+                tensor = merged.detach().to(dtype, copy=_is_shard(parameter))
+            yield adapters.plain(name), tensor
+        for name, buffer in buffers:
+            yield adapters.plain(name), buffer.detach()
+
+    return WeightStream(tuple(specs), tensors())
+
+
+def export(lm: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+    """All of `stream` at once, tied tensors as one under each of their names."""
+    weights = stream(lm, dtype)
+    whole = dict(weights.tensors)
+    return {spec.name: whole[spec.alias_of or spec.name] for spec in weights.specs}
 
 
 def export_adapter(lm: nn.Module) -> dict[str, Tensor]:

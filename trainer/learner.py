@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 from core.faults import InvariantFault, UserError
 from core.metrics import Sums
 from core.schema import Config
-from core.weights import Probe
+from core.weights import Probe, WeightStream
 from trainer import engine_weights, ppo
 from trainer.batch import TrainBatch
 from trainer.engine_weights import PolicyWeights
@@ -468,10 +468,16 @@ class Learner:
     def probe_tolerance(self) -> float:
         return self._limits["probe"] if self.cfg.run.checks else math.inf
 
-    def export_weights(self) -> dict[str, Tensor]:
-        """What the workers need: every tensor of the causal LM by its name in transformers, in their dtype; of a policy
-        that is an adapter on weights that they have, the adapter. No value head. All ranks call it to gather shards.
+    def stream_weights(self) -> WeightStream:
+        """What the workers need, tensor by tensor: the causal LM by its names in transformers, in their dtype; of a
+        policy that is an adapter on weights that they have, the adapter. No value head. All ranks call it and take all.
         """
+        if self.cfg.model.lora_rank:
+            return WeightStream.of(engine_weights.export_adapter(self.policy.lm))
+        return engine_weights.stream(self.policy.lm, getattr(torch, self.cfg.model.dtype))
+
+    def export_weights(self) -> dict[str, Tensor]:
+        """The same, all at once and by name. All ranks call it, and each holds the whole."""
         if self.cfg.model.lora_rank:
             return engine_weights.export_adapter(self.policy.lm)
         return engine_weights.export(self.policy.lm, getattr(torch, self.cfg.model.dtype))

@@ -1,6 +1,8 @@
 """WeightPublisher: one new version of the policy to every rollout worker, and proof that it is in use there.
 
-    rank 0          begin(v) -> buckets -> offer                        one copy of the weights leaves the learner
+    every rank      open(v)                                             workers may already be told what will come
+    every rank      gathers bucket after bucket; rank 0 sends each      no rank holds the whole of a sharded model
+    rank 0          offer(digests)
     every rank      receive -> commit -> each of its workers' log-probs of a fixed prompt = this rank's own
 
 How the bytes travel is the transport's business; `launch` injects it.
@@ -13,23 +15,36 @@ import numpy as np
 from torch import Tensor
 
 from core.faults import InvariantFault
-from core.weights import Probe, WeightAck, WeightManifest, make_manifest, pack
+from core.weights import (
+    Probe,
+    WeightAck,
+    WeightManifest,
+    WeightStream,
+    as_bytes,
+    bucket_digest,
+    in_buckets,
+    make_manifest,
+    version_digest,
+)
 from trainer.ranks import Ranks
 
 
 class WeightTransport(Protocol):
-    def begin(self, manifest: WeightManifest) -> None: ...
-
-    def send(self, index: int, bucket: np.ndarray) -> None:
-        """Hand over bucket `index`, [n] uint8."""
+    def open(self, manifest: WeightManifest) -> None:
+        """All ranks call it: this version comes next. May wait for the other ranks."""
         ...
 
-    def offer(self) -> None:
-        """On rank 0, once every bucket was sent: the other ranks may receive."""
+    def send(self, index: int, tensors: list[Tensor], raw: list[np.ndarray]) -> None:
+        """On rank 0: hand over bucket `index`, as tensors on their device and as bytes ([n] uint8) on the host. Neither
+        is kept: the next optimizer step writes into them."""
         ...
 
-    def receive(self, rank: int) -> WeightManifest:
-        """On any other rank that drives workers: wait for what rank 0 offers."""
+    def offer(self, digests: tuple[str, ...]) -> None:
+        """On rank 0, once every bucket was sent: the other ranks may receive. One digest per bucket."""
+        ...
+
+    def receive(self, rank: int) -> tuple[str, ...]:
+        """On any other rank that drives workers: wait for what rank 0 offers; its digests."""
         ...
 
     def commit(self, probe: Probe, verify: Callable[[WeightAck], None]) -> int:
@@ -40,7 +55,7 @@ class WeightTransport(Protocol):
 class PublishingLearner(Protocol):
     ranks: Ranks
 
-    def export_weights(self) -> dict[str, Tensor]: ...
+    def stream_weights(self) -> WeightStream: ...
 
     def probe_logprobs(self, probe: Probe) -> np.ndarray: ...
 
@@ -68,33 +83,45 @@ class WeightPublisher:
     def publish(self, version: int) -> None:
         """Send the learner's weights as `version`. All ranks call it.
 
-        Raises InvariantFault if a worker of any rank does not compute with them.
+        Raises:
+            InvariantFault: a worker of any rank does not compute with them, or refuses them.
+            TransitFault: they arrived damaged twice.
+            ProcessFault: more workers were lost than the run may bear.
         """
         ranks = self._learner.ranks
-        tensors = self._learner.export_weights()
         expected = self._learner.probe_logprobs(self._probe)
-        manifest: WeightManifest | None = None
+        weights = self._learner.stream_weights()
+        manifest = make_manifest(version, weights.specs, self._bucket_bytes)
+        self._transport.open(manifest)
+        digests: list[str] = []
+        failure: Exception | None = None
+        for index, tensors in enumerate(in_buckets(manifest, weights.tensors)):
+            if ranks.is_main and failure is None:
+                try:
+                    raw = [as_bytes(tensor) for tensor in tensors]
+                    digests.append(bucket_digest(raw))
+                    self._transport.send(index, tensors, raw)
+                except Exception as error:  # the other ranks still wait for this one in the gathers that follow
+                    failure = error
         with ranks.together():
+            if failure is not None:
+                raise failure
             if ranks.is_main:
-                manifest = self._send(version, tensors)
+                self._transport.offer(tuple(digests))
         with ranks.together():
             if self._drives_workers:
-                manifest = manifest or self._transport.receive(ranks.index)
-                self._transport.commit(self._probe, self._verifier(manifest, expected))
+                offered = tuple(digests) if ranks.is_main else self._transport.receive(ranks.index)
+                self._transport.commit(self._probe, self._verifier(manifest, offered, expected))
         self.version = version
 
-    def _send(self, version: int, tensors: dict[str, Tensor]) -> WeightManifest:
-        manifest = make_manifest(version, tensors, self._bucket_bytes)
-        self._transport.begin(manifest)
-        for index, names in enumerate(manifest.buckets):
-            self._transport.send(index, pack(names, tensors))
-        self._transport.offer()
-        return manifest
+    def _verifier(
+        self, manifest: WeightManifest, digests: tuple[str, ...], expected: np.ndarray
+    ) -> Callable[[WeightAck], None]:
+        digest = version_digest(manifest, digests)
 
-    def _verifier(self, manifest: WeightManifest, expected: np.ndarray) -> Callable[[WeightAck], None]:
         def verify(ack: WeightAck) -> None:
             difference = float(np.abs(ack.probe_logprobs - expected).max())
-            if ack.version != manifest.version or ack.digest != manifest.digest:
+            if ack.version != manifest.version or ack.digest != digest:
                 raise InvariantFault(
                     f"{ack.worker} committed version {ack.version}, not {manifest.version}, or other bytes"
                 )

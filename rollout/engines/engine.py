@@ -43,5 +43,6 @@ class Engine(Protocol):
         ...
 
     def live_tensors(self) -> dict[str, Tensor]:
-        """The very tensors that `generate` reads, parameters and buffers, by name; a weight sync writes into them."""
+        """The very tensors that `generate` reads, parameters and buffers, by name. A weight sync writes into them on a
+        GPU; on a CPU it gives them other memory, read-only, so nothing may keep a view of the old or write into it."""
         ...

@@ -74,6 +74,14 @@ def whole(it: Learner) -> dict[str, list[float]]:
     return {name: p.detach().flatten().tolist() for name, p in engine_weights.whole_parameters(it.policy)}
 
 
+def whole_at_once(it: Learner) -> int:
+    """The most parameters that this rank holds whole beside its shards, between two tensors of a weight sync."""
+    most = 0
+    for _ in it.stream_weights().tensors:
+        most = max(most, sum(p.numel() > 0 for p in it.policy.lm.parameters() if hasattr(p, "ds_id")))
+    return most
+
+
 def gone_and_back(it: Learner, folder: Path) -> bool:
     """Whether parameters and the optimizer's state come back from a checkpoint, everything having been 0 between."""
     before = whole(it), gradients(it)
@@ -165,6 +173,7 @@ def main(out: Path, task: dict) -> None:
             result["gradients"] = {} if case.get("sgd") else gradients(it)
             if case.get("export"):
                 exported = it.whole_policy().lm | it.export_weights()
+                result["whole_at_once"] = whole_at_once(it)
                 result["exported"] = {n: x.flatten().tolist() for n, x in exported.items()}
             if case.get("reload"):
                 result["came_back"] = gone_and_back(it, out.with_name(f"state-{len(results)}"))

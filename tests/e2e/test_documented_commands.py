@@ -52,6 +52,7 @@ RUN: dict[str, str | Callable[[str], str]] = {
         r"\1 --tasks cards --values shared --seeds 1 --steps 1 --json curves.json --png curves.png"
     ),
     r"(python benchmarks/reward\.py)": r"\1 --only codec --rounds 1 --tokens 4096",
+    r"(python benchmarks/weight_sync\.py) .*": r"\1 --json out.json --quick",
     r"(python benchmarks/ppo_vs_trl\.py) .*": r"\1 --json out.json --quick --tiers a --passive",
     r"(python benchmarks/mistakes\.py)": r"\1 --rows 2",
     r"(python benchmarks/learner\.py) .*": (

@@ -15,7 +15,7 @@ many.ENGINES |= {name: (2, "DEEPSPEED") for name in ("zero0", "zero1", "zero3", 
 
 ADAPTER = {"model.lora_rank": 4, "model.value": "lora", "run.checks": False}
 CASES = {
-    "shared": {"micro": 2, "shards": [5, 7]},
+    "shared": {"micro": 2, "shards": [5, 7], "export": True},
     "separate": {"micro": 2, "shards": [5, 7], "settings": {"model.value": "separate"}},
     # The reference is the base, and the stirred policy is not: no check of the first KL, nor of the log-probs.
     "adapter": {"micro": 2, "shards": [5, 7], "settings": ADAPTER, "export": True},
@@ -51,6 +51,7 @@ def compare(got: dict, want: dict) -> None:
         if name in got["means"]:  # ZeRO-0 does not tell the norm
             assert got["means"][name] == pytest.approx(value, abs=1e-5), (got["case"], name)
     if "exported" in want:
+        assert got["whole_at_once"] == 0  # a sync gathers, hands over and lets go
         # After one step of AdamW, whose size is that of the rate wherever the gradient is not about 0.
         assert farthest(got["exported"], want["exported"]) < 2e-3
         assert sum(sum(map(abs, x)) for x in got["exported"].values()) == pytest.approx(

@@ -10,7 +10,7 @@ import pytest
 from cards_run import CARDS, ROOT, Run, checkout
 from core.config import load
 from core.faults import InvariantFault
-from core.weights import WeightManifest, digest, unpack
+from core.weights import WeightManifest, bucket_digest, version_digest
 from launch.run import Inline, run
 from launch.weight_transport import ObjectStoreTransport
 
@@ -84,25 +84,24 @@ class CutTransport(ObjectStoreTransport):
         super().__init__(group, timeout_s)
         self.arrays = []
 
-    def begin(self, manifest):
+    def open(self, manifest):
         self.wanted, self.arrays = manifest, []
 
-    def send(self, index, bucket):
-        self.arrays.append(bucket.copy())
+    def send(self, index, tensors, raw):
+        self.arrays.append([piece.copy() for piece in raw])
 
-    def offer(self):
-        pass
+    def offer(self, digests):
+        self.claimed = version_digest(self.wanted, digests)
 
     def commit(self, probe, verify):
         if self.first is None:
             self.first = (self.wanted, self.arrays)
         old, arrays = self.first
-        tensors = {n: x for names, a in zip(old.buckets, arrays, strict=True) for n, x in unpack(names, old, a)}
-        version = self.wanted.version
-        super().begin(replace(old, version=version, digest=digest(version, old.specs, tensors)))
+        super().open(replace(old, version=self.wanted.version))
         for index, array in enumerate(arrays):
-            super().send(index, array)
-        return super().commit(probe, lambda ack: verify(replace(ack, digest=self.wanted.digest)))
+            super().send(index, [], array)
+        super().offer(tuple(map(bucket_digest, arrays)))
+        return super().commit(probe, lambda ack: verify(replace(ack, digest=self.claimed)))
 
 
 def cut_run(tmp_path: Path, **settings: object) -> Path:

@@ -1,0 +1,269 @@
+"""Weights to real workers by each transport that a CPU has: kills, hangs and damage on the way, and whole runs."""
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import ray
+import torch
+
+import tiny_models
+from cards_run import Run, same_numbers
+from core.config import load
+from core.faults import InvariantFault, TransitFault
+from core.weights import Probe, WeightStream, digest_of
+from launch import build, cluster, weight_transport
+from rollout.engines.transformers_engine import TransformersEngine
+from rollout.shares import Rollouts
+from trainer.ranks import Ranks
+from trainer.weight_sender import WeightPublisher
+
+pytestmark = pytest.mark.slow
+TRANSPORTS = ("object_store", "collective")
+TIMEOUT_S = 6
+
+
+@pytest.fixture(scope="module")
+def cfg(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sync")
+    tiny_models.save_model(folder / "model")
+    cfg = load(
+        None,
+        {
+            "model.path": str(folder / "model"),
+            "model.dtype": "float32",
+            "data.path": str(folder / "prompts.jsonl"),
+            "rewards.none.fn": "r.py:none",
+            "rollout.workers": 2,
+            "rollout.max_worker_losses": 9,
+            "sync.timeout_s": TIMEOUT_S,
+            "run.deterministic": True,
+        },
+    )
+    cluster.prepare_environment()
+    with cluster.ray_session(cfg):
+        yield cfg
+
+
+class Sender:
+    """Stands in for a learner: a model whose weights move with every version."""
+
+    ranks = Ranks()
+
+    def __init__(self, path: str) -> None:
+        self.engine = TransformersEngine.load(
+            path, (0,), dtype="float32", device="cpu", temperature=1.0, max_new_tokens=4
+        )
+
+    def step(self) -> None:
+        with torch.no_grad():
+            for parameter in self.engine.model.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+
+    def stream_weights(self) -> WeightStream:
+        return WeightStream.of(self.engine.live_tensors())
+
+    def probe_logprobs(self, probe: Probe) -> np.ndarray:
+        return self.engine.logprobs(probe.prompt_ids, probe.response_ids)
+
+
+class Sync:
+    """Two workers, a sender, and a transport that may be disturbed at its steps."""
+
+    def __init__(self, cfg, transport: str) -> None:
+        self.notes: list[str] = []
+        cfg = cfg.model_copy(update={"sync": cfg.sync.model_copy(update={"transport": transport})})
+        self.rollouts: Rollouts = build.rollouts(cfg, build.load_tokenizer(cfg.model.path), "cpu", self.notes.append)
+        self.rollouts.wait_ready()
+        self.sender = Sender(cfg.model.path)
+        self.transport = weight_transport.make_transport(
+            cfg.sync, self.rollouts, ranks=Ranks(), device=torch.device("cpu"), note=self.notes.append
+        )
+        probe = Probe(prompt_ids=np.array([[1, 2, 3]]), response_ids=np.array([[4, 5, 6]]))
+        # Buckets of 20 kB: several, so that a sync can break in the middle.
+        self.publisher = WeightPublisher(self.sender, self.transport, probe, bucket_bytes=20_000, tolerance=1e-4)
+
+        self.version = -1
+
+    def publish(self) -> float:
+        self.sender.step()
+        self.version += 1
+        started = time.monotonic()
+        self.publisher.publish(self.version)
+        return time.monotonic() - started
+
+    def before(self, step: str, do: Callable[[int], None]) -> None:
+        """Call `do` with the number of the call, once before each call of a step of the transport."""
+        original, calls = getattr(self.transport, step), iter(range(1000))
+
+        def disturbed(*args):
+            do(next(calls))
+            return original(*args)
+
+        setattr(self.transport, step, disturbed)  # of the object: `del` brings back the method
+
+    def in_use(self) -> set[str]:
+        """Digests of what the workers compute with, asked of the workers."""
+        actors = [slot.actor for slot in self.rollouts._group._slots]
+        digests = [actor.__ray_call__.remote(lambda w: digest_of(w._engine.live_tensors())) for actor in actors]
+        return set(ray.get(digests, timeout=60))
+
+    def wanted(self) -> set[str]:
+        return {digest_of(self.sender.engine.live_tensors())}
+
+
+@pytest.fixture(scope="module", params=TRANSPORTS)
+def workers(cfg, request):
+    it = Sync(cfg, request.param)
+    yield it
+    it.rollouts.close()
+
+
+@pytest.fixture
+def sync(workers):
+    """In use at one version, and undisturbed."""
+    workers.publish()
+    workers.notes.clear()
+    workers.rollouts.counters.clear()
+    yield workers
+    for step in ("send", "offer", "_keep"):
+        vars(workers.transport).pop(step, None)
+    workers.transport._rollouts = workers.rollouts
+
+
+def test_weights_arrive_bit_for_bit_version_after_version(sync):
+    for _ in range(3):
+        sync.publish()
+        assert sync.in_use() == sync.wanted()
+    assert not sync.rollouts.counters and not sync.notes
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
+def test_a_worker_lost_during_a_sync_costs_nobody_else_anything(sync, how):
+    """Between begin and commit, in the middle of the buckets. The other one commits; the successor gets this version
+    before anything else, and takes part in the next."""
+    name, victim = next(iter(sync.rollouts.pids.items()))
+    sync.before("send", lambda number: os.kill(victim, how) if number == 1 else None)
+    took = sync.publish()
+    del sync.transport.send
+    assert took < 2 * TIMEOUT_S, sync.notes
+    (lost,) = [note for note in sync.notes if note.startswith(f"{name} ")]
+    assert ("died" if how == signal.SIGKILL else "missed its deadline") in lost
+    assert f"while weights of version {sync.version} were sent" in lost
+    sync.rollouts.wait_ready()
+    assert f"serves with weights of version {sync.version}" in sync.notes[-1]
+    assert victim not in sync.rollouts.pids.values() and len(sync.rollouts.pids) == 2
+    assert sync.in_use() == sync.wanted()
+    notes = len(sync.notes)
+    sync.publish()
+    assert sync.in_use() == sync.wanted() and len(sync.notes) == notes
+    assert sync.rollouts.counters["worker_lost"] == 1
+
+
+def test_what_was_damaged_on_the_way_is_sent_again_once(sync):
+    """The copy in the object store is whole; what was handed over early is not."""
+    bad = [np.zeros(3, np.uint8)]
+    sync.before("offer", lambda _: sync.rollouts.stage("receive_bucket", 1, bad))
+    sync.publish()
+    assert sync.in_use() == sync.wanted() and sync.rollouts.counters == {"weights_resent": 2}
+    assert len([note for note in sync.notes if "arrived damaged" in note and "sent again" in note]) == 2
+
+
+def test_what_arrives_damaged_twice_ends_the_run_and_changes_nothing(sync):
+    before, keep = sync.wanted(), sync.transport._keep
+
+    def damaged(index: int, raw: list[np.ndarray]) -> None:
+        raw = [piece.copy() for piece in raw]
+        raw[0][0] ^= index == 1
+        keep(index, raw)
+
+    sync.transport._keep = damaged
+    if type(sync.transport) is weight_transport.CollectiveTransport:
+        sync.transport._rollouts = _Forgetful(sync.rollouts)  # the broadcast is lost, so the copy is needed
+    with pytest.raises(TransitFault, match=f"version {sync.version + 1} arrived damaged: bucket 1"):
+        sync.publish()
+    assert sync.in_use() == before
+
+
+def test_a_lost_bucket_is_sent_again_and_an_older_version_is_refused(sync):
+    sync.transport._rollouts = _Forgetful(sync.rollouts)
+    sync.publish()
+    assert sync.in_use() == sync.wanted() and sync.rollouts.counters == {"weights_resent": 2}
+    assert all("sent again" in note for note in sync.notes[-2:])
+    before, sync.version = sync.in_use(), sync.version - 2
+    with pytest.raises(InvariantFault, match=f"version {sync.version + 1} offered, {sync.version + 2} is in use"):
+        sync.publish()
+    assert sync.in_use() == before
+    sync.version += 1
+
+
+class _Forgetful:
+    """Loses what is handed over early: a bucket, or the order to take part in a broadcast."""
+
+    def __init__(self, rollouts: Rollouts) -> None:
+        self._rollouts = rollouts
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._rollouts, name)
+
+    def stage(self, method: str, *args: object, first: dict | None = None) -> None:
+        if method != "receive_broadcast" and not (method == "receive_bucket" and args[0] == 1):
+            self._rollouts.stage(method, *args, first=first)
+
+
+# ---------------------------------------------------------------- whole runs
+
+REWARDS = """
+def vowels(completions, **_):
+    return [sum(c in "aeiou" for c in text) / 10 for text in completions]
+"""
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("task")
+    tiny_models.save_model(folder / "model")
+    (folder / "rewards.py").write_text(REWARDS)
+    rows = [{"prompt": f"the {w} sat"} for w in ["cat", "dog", "mat", "park"] * 4]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "config.yaml").write_text(
+        """
+model: {path: model, dtype: float32}
+data: {path: prompts.jsonl}
+rollout: {batch_size: 16, chunk_size: 4, max_new_tokens: 12, workers: 2}
+rewards: {vowels: {fn: rewards.py:vowels}}
+ppo: {mini_batch_size: 8, micro_batch_size: 4}
+optim: {lr: 0.001}
+sync: {bucket_mb: 0.02}
+log: {trackers: []}
+resources: {collective_timeout_s: 120}
+run: {steps: 3, save_every: 3, deterministic: true}
+"""
+    )
+    return folder
+
+
+@pytest.mark.parametrize("engine", ["cpu", "ddp"])
+def test_a_run_is_the_same_by_broadcast_and_by_object_store(task, tmp_path, engine):
+    """Bit for bit, with one learner process and with two, each of which drives a worker."""
+    runs = []
+    for transport in TRANSPORTS:
+        options = ("--accelerate", engine, "--sync.transport", transport)
+        runs.append(Run(tmp_path / transport, *options, config=task / "config.yaml"))
+        assert runs[-1].end(240) == 0, runs[-1].words()
+        assert "broadcast" not in runs[-1].words() and not any(
+            count for name, count in runs[-1].rows()[-1].items() if name.startswith("faults/")
+        )
+    same_numbers(runs[0].rows(), runs[1].rows())
+    assert len(runs[0].rows()) == 3
+
+
+def test_a_gpu_transport_is_refused_without_a_gpu(task, tmp_path):
+    run = Run(tmp_path / "r", "--sync.transport", "cuda_ipc", config=task / "config.yaml")
+    assert run.end(60) == 2
+    (said,) = [line for line in run.words().splitlines() if line.startswith("tokenppo: ")]
+    assert "sync.transport = cuda_ipc: there is no GPU" in said and not (tmp_path / "r").exists()
