@@ -169,10 +169,34 @@ class RolloutConfig(Section):
     """Responses written together by one worker. Chunks are cut by prompt number, never by worker."""
     slots: int = Field(64, ge=1)
     """Most responses that a worker writes side by side. No id depends on it; memory for keys and values does."""
+    environment: str | None = Field(None, min_length=1)
+    """`file.py:Class` or `package.module:Class`: what answers the policy between its turns, a tool or a user. Its
+    `step` gets what the response holds so far, and gives the text to go on after, or None when the response is over."""
+    environment_options: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments of the class."""
+    environment_timeout_s: float = Field(30, gt=0)
+    """Deadline of one call of `step`; a call that misses it ends the run."""
+    max_turns: int = Field(8, ge=1)
+    """Most turns that the policy takes in a response, where there is an environment; it is not asked after the last."""
     timeout_s: float = Field(600, gt=0)
     """Deadline of one chunk, of a worker's start, and of its replacement."""
     max_worker_losses: int = Field(8, ge=0)
     """Workers of one learner process that may die or hang during the run before it stops."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> "RolloutConfig":
+        def refuse(leaf: str, remedy: str) -> None:
+            value = getattr(self, leaf)
+            raise PydanticCustomError("within", "{remedy}", {"leaf": leaf, "value": value, "remedy": remedy})
+
+        given = {"environment_options", "environment_timeout_s", "max_turns"} & self.model_fields_set
+        for leaf in sorted(given) if self.environment is None else ():
+            if getattr(self, leaf) != type(self).model_fields[leaf].get_default(call_default_factory=True):
+                refuse(leaf, "does nothing without rollout.environment; name the class")
+        if self.environment is not None and self.environment_timeout_s >= self.timeout_s:
+            remedy = f"must be less than rollout.timeout_s = {self.timeout_s:g}, the deadline of a whole chunk"
+            refuse("environment_timeout_s", remedy)
+        return self
 
 
 class RewardConfig(Section):
@@ -191,6 +215,9 @@ class RewardConfig(Section):
     """Keyword arguments of the function or class."""
     spans: Literal["spread", "last"] = "spread"
     """The score of a span goes evenly to its tokens, or whole to the last of them."""
+    observations: Literal["refuse", "drop"] = "refuse"
+    """A score on nothing but what an environment wrote is an error, or is dropped: for components that read the whole
+    response and do not know who wrote what."""
     normalize: Literal["none", "running", "batch"] = "none"
     """Divide by the standard deviation of all batches so far, or of this batch. The mean is never shifted."""
     clip: float | None = Field(None, gt=0)

@@ -96,7 +96,15 @@ class TestComponent:
     def test_a_function_gets_everything_through_kwargs(self):
         seen = {}
         entries(Component("c", lambda **kwargs: seen.update(kwargs) or [0.0]), request(columns={"level": [3]}))
-        assert sorted(seen) == ["completion_ids", "completions", "finish_reasons", "level", "offsets", "prompts"]
+        assert sorted(seen) == [
+            "action_masks",
+            "completion_ids",
+            "completions",
+            "finish_reasons",
+            "level",
+            "offsets",
+            "prompts",
+        ]
 
     def test_a_function_gets_its_options_with_each_call(self):
         def fn(completions, factor=1.0):
