@@ -182,9 +182,8 @@ def _sample_from_json(sample: Any, i: int) -> dict[str, Any]:
     whole = dict(sample)
     for name in ("prompt_ids", "completion_ids"):
         whole[name] = _integers(sample[name], f"{here}: {name}")
-    given = sample.get("action_mask")
-    ones = np.ones(len(whole["completion_ids"]), dtype=np.int64)
-    whole["action_mask"] = ones if given is None else _integers(given, f"{here}: action_mask")
+    mask = sample.get("action_mask", [1] * len(whole["completion_ids"]))
+    whole["action_mask"] = _integers(mask, f"{here}: action_mask")
     pairs = sample["offsets"]
     if not isinstance(pairs, list) or not set(map(type, pairs)) <= {list} or not set(map(len, pairs)) <= {2}:
         raise WireError(f"{here}: offsets: wants a list of [start, end]")

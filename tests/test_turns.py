@@ -230,6 +230,8 @@ def learner(name: str, way: str, **more: object) -> Any:
     it = conformance.learner(cfg, name)
     for reader in (it.policy.reader, it._ref._reader):
         reader.packed, reader.fused = way == "packed", way != "padded, whole logits"
+        if not reader.packed:
+            reader.lm.set_attn_implementation("sdpa")
     return it
 
 
@@ -285,9 +287,9 @@ def test_no_logits_are_made_where_the_environment_wrote(fresh, monkeypatch):
     rows, it = scored("llama-tied"), learner("llama-tied", "packed")
     batch, seen, before = conformance.credited(it, rows), [], fused_head.loss_of_tokens
 
-    def look(hidden: torch.Tensor, *args: object, **more: object) -> object:
-        seen.append(len(hidden))
-        return before(hidden, *args, **more)
+    def look(layer: torch.nn.Module, states: torch.Tensor, *args: object, **more: object) -> object:
+        seen.append(len(states))
+        return before(layer, states, *args, **more)
 
     monkeypatch.setattr(fused_head, "loss_of_tokens", look)
     it.update(batch)
