@@ -51,7 +51,7 @@ PACKING, MODEL, HEAD = (
     ("tests/test_model.py::test_padding_changes_nothing",),
     ("tests/test_fused_head.py",),
 )
-VALUE_HEADS = ("tests/test_value_heads.py",)
+VALUE_HEADS, TURNS = ("tests/test_value_heads.py",), ("tests/test_turns.py",)
 LEARN = ("tests/test_learn.py::test_a_token_for_each_position_is_learnt",)
 
 
@@ -64,6 +64,7 @@ class Mutation:
     tests: tuple[str, ...]
 
 
+TURNS_PY = "rollout/turns.py"
 BATCH_PY, PPO_PY, LOOP_PY = "trainer/batch.py", "trainer/ppo.py", "trainer/loop.py"
 COMBINE_PY, WEIGHTS_PY, RECEIVER_PY = "core/combine.py", "core/weights.py", "rollout/weight_receiver.py"
 LOGPROBS_PY, ENGINE_PY = "core/logprobs.py", "rollout/engines/transformers_engine.py"
@@ -86,6 +87,41 @@ MUTATIONS = [
         "response_mask=right([t.action_mask for t in trajectories], np.bool_)",
         "response_mask=right([np.ones(len(t), dtype=bool) for t in trajectories], np.bool_)",
         ALIGN,
+    ),
+    Mutation(
+        "the policy is trained on what an environment wrote",
+        TURNS_PY,
+        "masks[i] = np.append(masks[i], none.astype(bool))",
+        "masks[i] = np.append(masks[i], ~none.astype(bool))",
+        TURNS,
+    ),
+    Mutation(
+        "a response ends with an observation",
+        TURNS_PY,
+        'if reason == "stop" and turn < max_turns:',
+        'if reason == "stop":',
+        TURNS,
+    ),
+    Mutation(
+        "an observation fills the response",
+        TURNS_PY,
+        "if n_tokens + len(ids) >= self._spec.max_new_tokens:",
+        "if n_tokens + len(ids) > self._spec.max_new_tokens:",
+        TURNS,
+    ),
+    Mutation(
+        "log-probs of a turn stand where the observation before it began",
+        TURNS_PY,
+        "logprobs=np.append(g.logprobs, none)",
+        "logprobs=np.append(none, g.logprobs)",
+        TURNS,
+    ),
+    Mutation(
+        "what an environment wrote counts as length",
+        LOOP_PY,
+        'sums.add("response/length_mean", float(mask.sum()), n)',
+        'sums.add("response/length_mean", float(batch.response_lengths.sum()), n)',
+        TURNS,
     ),
     Mutation(
         "the reward lands on the token after its own, the last one's on padding",
