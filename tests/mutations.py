@@ -51,7 +51,11 @@ PACKING, MODEL, HEAD = (
     ("tests/test_model.py::test_padding_changes_nothing",),
     ("tests/test_fused_head.py",),
 )
-VALUE_HEADS, TURNS = ("tests/test_value_heads.py",), ("tests/test_turns.py",)
+VALUE_HEADS = ("tests/test_value_heads.py",)
+TURNS = ("tests/test_turns.py::test_logprobs_are_those_of_one_forward_over_all_that_stands_there",)
+LAST_TURN = ("tests/test_turns.py::test_the_environment_is_not_asked_after_the_last_turn",)
+NO_ROOM = ("tests/test_turns.py::test_an_observation_that_leaves_no_room_is_left_out_and_the_response_is_cut",)
+COUNTED = ("tests/test_turns.py::test_metrics_count_what_the_policy_wrote",)
 LEARN = ("tests/test_learn.py::test_a_token_for_each_position_is_learnt",)
 
 
@@ -100,14 +104,14 @@ MUTATIONS = [
         TURNS_PY,
         'if reason == "stop" and turn < max_turns:',
         'if reason == "stop":',
-        TURNS,
+        LAST_TURN,
     ),
     Mutation(
         "an observation fills the response",
         TURNS_PY,
         "if n_tokens + len(ids) >= self._spec.max_new_tokens:",
         "if n_tokens + len(ids) > self._spec.max_new_tokens:",
-        TURNS,
+        NO_ROOM,
     ),
     Mutation(
         "log-probs of a turn stand where the observation before it began",
@@ -121,7 +125,7 @@ MUTATIONS = [
         LOOP_PY,
         'sums.add("response/length_mean", float(mask.sum()), n)',
         'sums.add("response/length_mean", float(batch.response_lengths.sum()), n)',
-        TURNS,
+        COUNTED,
     ),
     Mutation(
         "the reward lands on the token after its own, the last one's on padding",

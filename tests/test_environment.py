@@ -5,6 +5,8 @@ Each test starts the process, so all are slow; what turns do with the answers is
 
 import functools
 import importlib
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +18,7 @@ from core import config
 from core.faults import EnvironmentFault, UserError
 from launch import environment as named
 from launch.build import environment_spec
-from rollout.environment import EnvironmentProcess, EnvironmentSpec
+from rollout.environment import ROOT, EnvironmentProcess, EnvironmentSpec
 
 SOURCE = """
 import ctypes, os, re, sys, time
@@ -29,7 +31,7 @@ class Environment:
 
     def step(self, turns, columns):
         self.calls += 1
-        print("a word on standard output is no answer")
+        print("a word on standard output is no answer", flush=True)
         return getattr(self, self.kind)(turns, columns)
 
     def echo(self, turns, columns):
@@ -129,6 +131,27 @@ def test_a_call_that_hangs_ends_at_its_deadline_wherever_it_hangs(file, kind):
     with pytest.raises(EnvironmentFault, match=r"sample u7, turn 1: no answer within 0.5 s"):
         it.step(["a"], {"n": 1}, "u7")
     assert time.monotonic() - began < 20 and not psutil.pid_exists(it.pid)
+
+
+@pytest.mark.slow
+def test_it_ends_with_its_worker_even_in_a_call_that_hangs(file):
+    """A worker that is killed can end nobody: the child has asked the kernel to."""
+    worker = f"""
+import functools, sys
+sys.path[:0] = {[str(file.parent), ROOT]!r}
+import turns_game
+from rollout.environment import EnvironmentProcess, EnvironmentSpec
+it = EnvironmentProcess(EnvironmentSpec(
+    name="e", load=functools.partial(turns_game.Environment, "sleeps"), timeout_s=600, start_timeout_s=60, max_turns=2,
+    max_new_tokens=8))
+print(it.pid, flush=True)
+it.step(["a"], {{}}, "u")
+"""
+    with subprocess.Popen([sys.executable, "-c", worker], stdout=subprocess.PIPE, text=True) as process:
+        child = psutil.Process(int(process.stdout.readline()))
+        assert "a word" in process.stdout.readline()  # it has entered `step`, which prints
+        process.kill()
+    child.wait(timeout=60)
 
 
 @pytest.mark.slow

@@ -1,5 +1,5 @@
 """Responses of several turns: who wrote which token, that the policy's log-probs see what an environment wrote, and
-that no id depends on the company. The environment is called here; tests/e2e/test_turns.py has it in its process.
+that no id depends on the company. The environment is called here; tests/test_environment.py has it in its process.
 
 Legend: T response tokens.
 """
