@@ -415,8 +415,8 @@ MUTATIONS = [
     Mutation(
         "the stop token is no part of the response",
         ENGINE_PY,
-        "lengths[rows[ended]] = True, t + 1",
-        "lengths[rows[ended]] = True, t",
+        "= written[ended], stopped[ended]",
+        "= written[ended] - stopped[ended].long(), stopped[ended]",
         ENGINE,
     ),
     Mutation("a cut response says that it stopped", ENGINE_PY, '"stop" if stop else "length"', '"stop"', ENGINE),

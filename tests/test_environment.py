@@ -18,6 +18,7 @@ from core import config
 from core.faults import EnvironmentFault, UserError
 from launch import environment as named
 from launch.build import environment_spec
+from launch.trackers import shown
 from rollout.environment import ROOT, EnvironmentProcess, EnvironmentSpec
 
 SOURCE = """
@@ -208,3 +209,9 @@ def test_settings_without_an_environment_and_deadlines_that_never_come_are_refus
     spec = environment_spec(configured(**{"rollout.environment": "e.py:E", "rollout.environment_options.depth": 3}))
     assert spec.name == "/nowhere/e.py:E" and spec.load.args == ("/nowhere/e.py:E", {"depth": 3})
     assert spec.start_timeout_s < 600 and spec.max_turns == 8
+
+
+def test_trackers_see_no_secret_among_its_options():
+    options = {"api_key": "s3cret", "depth": 3}
+    seen = shown(configured(**{"rollout.environment": "e.py:E", "rollout.environment_options": options}))
+    assert "s3cret" not in str(seen) and seen["rollout.environment_options.depth"] == 3
