@@ -121,7 +121,7 @@ def attribution(
     """Where the reward of the responses of a batch, all ranks together, comes from.
 
     Args:
-        lengths: [B] tokens of each response.
+        lengths: [B] tokens of the policy in each response.
     Returns:
         `variance_share`: name -> cov(what the component adds, total) / var(total) over the sums of responses; the
         shares sum to 1. `length_corr`: name -> Pearson correlation of what it adds with the length. A name is left out

@@ -21,8 +21,10 @@ from core.reward_name import RewardName
 from core.schema import DATA_FILES, Config, RewardConfig, leaf_keys
 
 PATHS = ("model.path", "model.value_path", "data.path", "data.eval_path", "data.ptx_path", "run.dir")
-FUNCTION = re.compile(r"rewards\.[^.]+\.fn|data\.augment")
-WHOLE = re.compile(r"rewards\.[^.]+\.options|data\.mixture")  # their keys are the user's own, dots and all
+FUNCTION = re.compile(r"rewards\.[^.]+\.fn|data\.augment|rollout\.environment")
+# Their keys are the user's own, dots and all.
+WHOLE = re.compile(r"rewards\.[^.]+\.options|data\.mixture|rollout\.environment_options")
+OPTION = re.compile(r"\.(?:environment_)?options\.")  # before the name of a user's own argument
 
 
 def _anchor(key: str, value: Any, folder: Path) -> Any:
@@ -76,7 +78,7 @@ def parse_override(key: str, text: str) -> Any:
         return text
     if text in ("null", "none", "None", "~"):
         return None
-    if text[:1] in "[{" or ".options." in key:
+    if text[:1] in "[{" or OPTION.search(key):
         try:
             return yaml.load(text, _Loader)
         except yaml.YAMLError as error:

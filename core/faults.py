@@ -26,6 +26,11 @@ class UserError(Fault):
     exit_code = 2
 
 
+class EnvironmentFault(UserError):
+    """The environment of the rollouts raised, gave what is no text, or missed its deadline. What it is given decides
+    what it does, so that another worker would see the same: the run ends."""
+
+
 class ProcessFault(Fault):
     """A worker, actor or peer died, or did not answer within its deadline."""
 

@@ -128,6 +128,13 @@ _RESPONSE = (
         "steady; growth together with reward is paid length, shrinking to nothing is a hack",
     ),
     Metric(
+        "response/turns_mean",
+        "Turns of the policy, parted by what `rollout.environment` wrote; 1 without one.",
+        "turns",
+        "responses",
+        "what the task takes; 1 where there is a tool means that it is not called",
+    ),
+    Metric(
         "response/truncated_frac",
         "Responses cut at max_new_tokens instead of ending by themselves.",
         SHARE,

@@ -182,6 +182,15 @@ class RolloutConfig(Section):
     s - 1 - max_staleness at the oldest, and PPO's ratio is against that policy. 0: strictly on-policy."""
     slots: int = Field(64, ge=1)
     """Most responses that a worker writes side by side. No id depends on it; memory for keys and values does."""
+    environment: str | None = Field(None, min_length=1)
+    """`file.py:Class` or `package.module:Class`: what answers the policy between its turns, a tool or a user. Its
+    `step` gets what the response holds so far, and gives the text to go on after, or None when the response is over."""
+    environment_options: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments of the class."""
+    environment_timeout_s: float = Field(30, gt=0)
+    """Deadline of one call of `step`; a call that misses it ends the run."""
+    max_turns: int = Field(8, ge=1)
+    """Most turns that the policy takes in a response, where there is an environment; it is not asked after the last."""
     timeout_s: float = Field(600, gt=0)
     """Deadline of one chunk, of a worker's start, and of its replacement."""
     max_worker_losses: int = Field(8, ge=0)
@@ -212,6 +221,13 @@ class RolloutConfig(Section):
         if any(not text or "\N{REPLACEMENT CHARACTER}" in text for text in self.stop_strings):
             remedy = "each is at least a character, and none is U+FFFD, which stands for broken ones"
             refuse("stop_strings", self.stop_strings, remedy)
+        given = {"environment_options", "environment_timeout_s", "max_turns"} & self.model_fields_set
+        for leaf in sorted(given) if self.environment is None else ():
+            if getattr(self, leaf) != type(self).model_fields[leaf].get_default(call_default_factory=True):
+                refuse(leaf, getattr(self, leaf), "does nothing without rollout.environment; name the class")
+        if self.environment is not None and self.environment_timeout_s >= self.timeout_s:
+            remedy = f"must be less than rollout.timeout_s = {self.timeout_s:g}, the deadline of a whole chunk"
+            refuse("environment_timeout_s", self.environment_timeout_s, remedy)
         return self
 
 
@@ -231,6 +247,9 @@ class RewardConfig(Section):
     """Keyword arguments of the function or class."""
     spans: Literal["spread", "last"] = "spread"
     """The score of a span goes evenly to its tokens, or whole to the last of them."""
+    observations: Literal["refuse", "drop"] = "refuse"
+    """A score on nothing but what an environment wrote is an error, or is dropped: for components that read the whole
+    response and do not know who wrote what."""
     normalize: Literal["none", "running", "batch"] = "none"
     """Divide by the standard deviation of all batches so far, or of this batch. The mean is never shifted."""
     clip: float | None = Field(None, gt=0)

@@ -57,6 +57,10 @@ class KeptTokens:
         ids = np.concatenate(sets) if sets else np.zeros(0)
         return cls(ids=ids.astype(np.int32), starts=np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64))
 
+    def and_undrawn(self, n: int) -> "KeptTokens":
+        """With `n` more tokens, which were drawn from nothing: an environment wrote them."""
+        return KeptTokens(ids=self.ids, starts=np.append(self.starts, np.repeat(self.starts[-1:], n)))
+
     def __len__(self) -> int:
         """Number of response tokens T."""
         return len(self.starts) - 1

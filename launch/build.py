@@ -10,12 +10,13 @@ import numpy as np
 from core.faults import UserError
 from core.reward_name import RewardName
 from core.schema import Config
-from launch import early
+from launch import early, environment
 from launch.cluster import thread_plan
 from reward_server.client import RewardClient
 from reward_server.reference import ReferenceSpec
 from rollout.engines.sampling import Filters
 from rollout.engines.transformers_engine import TransformersEngine, stop_ids
+from rollout.environment import EnvironmentSpec
 from rollout.group import RolloutGroup
 from rollout.prompts import (
     EVAL_SEED,
@@ -192,7 +193,7 @@ def shares(cfg: Config, rank: int = 0, n_ranks: int = 1) -> Shares:
 
 
 def source_digest(fn: str) -> str | None:
-    """Digest of the file of a reward `file.py:function`; None for one in an installed package, or handed over."""
+    """Digest of the file of a reward or environment `file.py:name`; None for one of a package, or handed over."""
     file = RewardName.parse(fn).file
     return hashlib.blake2b(file.read_bytes(), digest_size=16).hexdigest() if file is not None else None
 
@@ -211,6 +212,21 @@ def rollouts(
     group = _group(cfg, tokenizer, device, note, share.workers) if share.workers else None
     ahead = cfg.rollout.max_staleness > 0
     return Rollouts(share, group, exchange, cfg.resources.collective_timeout_s, ahead=ahead)
+
+
+def environment_spec(cfg: Config) -> EnvironmentSpec | None:
+    """What a worker needs to start the environment of the run; None without one."""
+    r = cfg.rollout
+    if r.environment is None:
+        return None
+    return EnvironmentSpec(
+        name=r.environment,
+        load=functools.partial(environment.load, r.environment, r.environment_options),
+        timeout_s=r.environment_timeout_s,
+        start_timeout_s=r.timeout_s / 2,  # within that of the worker's own start, which names nobody
+        max_turns=r.max_turns,
+        max_new_tokens=r.max_new_tokens,
+    )
 
 
 def _group(cfg: Config, tokenizer: Any, device: str, note: Callable[[str], None], workers: list[int]) -> RolloutGroup:
@@ -232,7 +248,8 @@ def _group(cfg: Config, tokenizer: Any, device: str, note: Callable[[str], None]
 
     def make_args(name: str) -> tuple[tuple, dict]:
         load = functools.partial(load_tokenizer, cfg.model.path)
-        return (name, load_engine, load), {"threads": threads, "deterministic": cfg.run.deterministic}
+        settings = {"threads": threads, "deterministic": cfg.run.deterministic, "environment": environment_spec(cfg)}
+        return (name, load_engine, load), settings
 
     return RolloutGroup(
         workers,

@@ -16,7 +16,7 @@ from typing import Any
 from core.faults import UserError
 from core.reward_name import RewardName
 from core.schema import DATA_FILES, Config
-from launch import cluster, room, run_folder
+from launch import cluster, environment, room, run_folder
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -70,6 +70,7 @@ def refuse_missing(cfg: Config) -> None:
             raise UserError(f"data.augment = {cfg.data.augment}: must be `path/file.py:fn` or `pkg.mod:fn`")
         if name.file is not None and not name.file.is_file():
             raise UserError(f"data.augment = {cfg.data.augment}: there is no file {name.file}")
+    environment.refuse_missing(cfg)
     if Path(cfg.model.path).is_absolute() and not Path(cfg.model.path).is_dir():
         raise UserError(f"model.path = {cfg.model.path}: there is no such folder; give one, or a hub id (owner/name)")
     for name, spec in cfg.rewards.items():

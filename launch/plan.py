@@ -1,7 +1,7 @@
 """What a run would do, in words and numbers, without doing any of it: `tokenppo train --dry-run`."""
 
 from core.schema import Config, RewardConfig
-from launch import cluster, early, room
+from launch import cluster, early, environment, room
 from rollout.prompts import leak
 
 GIB = 2**30
@@ -15,6 +15,7 @@ def plan(cfg: Config, learners: int = 1) -> str:
     columns = early.refuse(cfg)
     cluster.prepare_hub(cfg)
     early.check_rewards(cfg, columns=columns)
+    environment.check(cfg)
     cluster.refuse_transport(cfg, cluster.device(cfg), learners)
     from launch import build  # seconds of imports: what needs none of them was asked before
 

@@ -20,7 +20,7 @@ from rich.console import Console
 
 from core.faults import TERMINATED, StorageFault, UserError, exit_code_of
 from core.schema import Config
-from launch import build, cluster, early, learners, room, run_folder, trained
+from launch import build, cluster, early, environment, learners, room, run_folder, trained
 from launch.exchange import Exchange
 from launch.last_words import on_sigterm, undisturbed_end
 from launch.stopping import Stopping
@@ -159,6 +159,7 @@ def _note_the_end(job: Job, summary: dict[str, Any]) -> None:
 def _read_input(cfg: Config, inline: Inline) -> dict[str, Any]:
     """Tokenizer and prompts; the rewards are only checked here. Raises UserError."""
     early.check_rewards(cfg, inline.functions)
+    environment.check(cfg)
     tokenizer = build.load_tokenizer(cfg.model.path)
     prompts, held_out = build.prompt_streams(cfg, tokenizer, inline.rows, inline.eval_rows)
     early.check_rewards(cfg, inline.functions, prompts.columns)
@@ -360,6 +361,11 @@ def _go_on_from(job: Job, found: run_folder.Found) -> Checkpoint | None:
                 f"data.augment = {cfg.data.augment}: its source is not what the run in {folder} was begun with, and it"
                 " would make other prompts; put it back, or give another --run.name"
             )
+        if was_fed.get("environment") != now_fed["environment"]:
+            raise UserError(
+                f"rollout.environment = {cfg.rollout.environment}: its source is not what the run in {folder} was begun"
+                " with, and it would answer otherwise; put it back, or give another --run.name"
+            )
         for name in was_fed["rewards"]:
             if was_fed["rewards"][name] != now_fed["rewards"][name]:
                 job.console.print(
@@ -403,6 +409,7 @@ def _fingerprints(job: Job) -> dict[str, Any]:
         "data.path": job.prompts.fingerprint,
         "data.eval_path": job.held_out.fingerprint if job.held_out else None,
         "augment": build.source_digest(job.cfg.data.augment) if job.cfg.data.augment else None,
+        "environment": build.source_digest(job.cfg.rollout.environment) if job.cfg.rollout.environment else None,
         "rewards": {name: build.source_digest(spec.fn) for name, spec in job.cfg.rewards.items()},
     }
 

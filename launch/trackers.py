@@ -40,6 +40,7 @@ from urllib.parse import urlsplit
 import psutil
 from accelerate.tracking import TensorBoardTracker, WandBTracker
 
+from core.config import OPTION
 from core.schema import Config
 from launch import run_folder
 from trainer.run_log import AlreadySaid
@@ -232,10 +233,10 @@ class _WandB:
 def shown(cfg: Config) -> dict[str, Any]:
     """The flat configuration as trackers may see it: no option with a secret's name, no password in a URL.
 
-    Options of rewards are the only free names: `rewards.judge.options.api_key` and `apiKey` are secrets, a component
-    that is called `key`, or `data.max_prompt_tokens`, is none.
+    Options of rewards and of the environment are the only free names: `rewards.judge.options.api_key` and `apiKey` are
+    secrets, a component that is called `key`, or `data.max_prompt_tokens`, is none.
     """
-    return {key: _clean(key.partition(".options.")[2], value) for key, value in run_folder.flat(cfg).items()}
+    return {key: _clean("".join(OPTION.split(key, 1)[1:]), value) for key, value in run_folder.flat(cfg).items()}
 
 
 def _clean(key: str, value: Any) -> Any:

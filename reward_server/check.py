@@ -15,12 +15,13 @@ from typing import Any
 import numpy as np
 
 from core.faults import RewardFault
-from reward_server.components import Component, Placed, ScoreRequest, score_components
+from reward_server.components import PASSED, Component, Placed, ScoreRequest, score_components
 from reward_server.texts import text_of
 
 TOLERANCE = 1e-5  # of the largest reward: models may round otherwise in another batch
 LENGTH_CORR = 0.8  # of the sum with the number of tokens, above which a warning is due
 REPEATS = 3
+_LISTS = (*PASSED, "prompt_ids", "uids")  # of a ScoreRequest, besides its columns
 
 
 @dataclass(frozen=True)
@@ -132,8 +133,7 @@ def causality(component: Component, request: ScoreRequest, first: list[Placed | 
 def take(request: ScoreRequest, rows: Iterable[int]) -> ScoreRequest:
     """The samples `rows` of a request, in that order."""
     rows = list(rows)
-    fields = ("prompts", "completions", "prompt_ids", "completion_ids", "offsets", "finish_reasons", "uids")
-    chosen = {name: [getattr(request, name)[i] for i in rows] for name in fields}
+    chosen = {name: [getattr(request, name)[i] for i in rows] for name in _LISTS}
     return ScoreRequest(**chosen, columns={name: [values[i] for i in rows] for name, values in request.columns.items()})
 
 
@@ -151,14 +151,14 @@ def beside_a_long_one(request: ScoreRequest) -> ScoreRequest:
         completions=[_with_text(row.completions[0], text * 8)],
         completion_ids=[np.tile(ids, 8)],
         offsets=[np.concatenate([offsets + k * len(text) for k in range(8)])],
+        action_masks=[np.tile(row.action_masks[0], 8)],
         uids=["long"],
     )
     return joined(request, long)
 
 
 def joined(a: ScoreRequest, b: ScoreRequest) -> ScoreRequest:
-    fields = ("prompts", "completions", "prompt_ids", "completion_ids", "offsets", "finish_reasons", "uids")
-    both = {name: [*getattr(a, name), *getattr(b, name)] for name in fields}
+    both = {name: [*getattr(a, name), *getattr(b, name)] for name in _LISTS}
     return ScoreRequest(**both, columns={name: [*a.columns[name], *b.columns[name]] for name in a.columns})
 
 
@@ -184,6 +184,7 @@ def with_another_end(request: ScoreRequest, i: int) -> tuple[int, ScoreRequest |
         completions=[_with_text(row.completions[0], text[:at] + other[at_other:])],
         completion_ids=[np.concatenate([ids[:cut], other_ids[cut_other:]])],
         offsets=[np.concatenate([offsets[:cut], other_offsets[cut_other:] - at_other + at])],
+        action_masks=[np.concatenate([request.action_masks[i][:cut], request.action_masks[j][cut_other:]])],
         finish_reasons=[request.finish_reasons[j]],
     )
 

@@ -8,9 +8,9 @@ A component is a function or a class. For a batch of completions it answers with
     None                          does not apply: masked, which is not zero
 
 TRL's reward functions run unmodified: `f(prompts, completions, completion_ids, **columns)`. Ours may also take
-`offsets` and `finish_reasons`. A function gets those of these arguments that its signature names, plain or `async`. A
-class gets its options once and is called like a function, or has `score(batch: ScoreRequest)`, and may have
-`setup(device)`, where it loads what it needs, and `close()`.
+`offsets`, `finish_reasons` and `action_masks`. A function gets those of these arguments that its signature names,
+plain or `async`. A class gets its options once and is called like a function, or has `score(batch: ScoreRequest)`, and
+may have `setup(device)`, where it loads what it needs, and `close()`.
 
 Whatever goes wrong in a component becomes a RewardFault, never a number.
 
@@ -27,7 +27,7 @@ import inspect
 import sys
 import traceback
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -38,12 +38,13 @@ from core.faults import Fault, RewardFault, UserError
 from core.reward_name import RewardName
 from core.trajectory import FinishReason, Trajectory
 from reward_server.adapters import adapted
-from reward_server.placing import Span, Spans, place, shown
+from reward_server.placing import Observations, Span, Spans, place, shown
 from reward_server.texts import Messages
 
 Run = Callable[[Coroutine[Any, Any, Any]], Any]  # sees a coroutine to its end, as asyncio.run does
 Placed = tuple[np.ndarray, np.ndarray]  # [T] float64 rewards, [T] bool mask
-PASSED = ("prompts", "completions", "completion_ids", "offsets", "finish_reasons")  # to every component that wants them
+# What every component gets that wants it.
+PASSED = ("prompts", "completions", "completion_ids", "offsets", "finish_reasons", "action_masks")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +59,7 @@ class ScoreRequest:
         completion_ids  [array([19, 13, 0])]
         offsets         [array([[0, 1], [1, 2], [2, 2]])]
         finish_reasons  ["stop"]
+        action_masks    [array([1, 1, 1])]  0 where an environment wrote: such tokens earn nothing
         uids            ["5b2f..."]
         columns         {"answer": ["4"]}   None in rows of the dataset that have no such column
     """
@@ -70,11 +72,14 @@ class ScoreRequest:
     finish_reasons: list[FinishReason]
     uids: list[str]
     columns: dict[str, list[Any]]
+    action_masks: list[np.ndarray] = field(default_factory=list)  # B x [T] bool; all the policy's if none are given
 
     def __post_init__(self) -> None:
         """Raises UserError for a column with the name of an argument, ValueError for lists of unequal length."""
         for name in ("prompt_ids", "completion_ids", "offsets"):
             object.__setattr__(self, name, [_read_only(values) for values in getattr(self, name)])
+        masks = self.action_masks or [np.ones(len(ids), dtype=bool) for ids in self.completion_ids]
+        object.__setattr__(self, "action_masks", [_read_only(mask, np.bool_) for mask in masks])
         for name in self.columns:
             if name in PASSED or name == "prompt":
                 raise UserError(
@@ -105,6 +110,7 @@ class ScoreRequest:
             completion_ids=[trajectory.response_ids for trajectory in trajectories],
             offsets=[trajectory.token_offsets for trajectory in trajectories],
             finish_reasons=[trajectory.finish_reason for trajectory in trajectories],
+            action_masks=[trajectory.action_mask for trajectory in trajectories],
             uids=[trajectory.request.sample_uid for trajectory in trajectories],
             columns={name: [row.get(name) for row in rows] for name in names},
         )
@@ -144,9 +150,15 @@ class Component:
     """
 
     def __init__(
-        self, name: str, fn: Callable, options: dict[str, Any] | None = None, *, spans: Spans = "spread"
+        self,
+        name: str,
+        fn: Callable,
+        options: dict[str, Any] | None = None,
+        *,
+        spans: Spans = "spread",
+        observations: Observations = "refuse",
     ) -> None:
-        self.name, self._spans = name, spans
+        self.name, self._placing = name, {"component": name, "spans": spans, "observations": observations}
         self._options = dict(options or {})
         check_options(name, fn, self._options)
         if inspect.isclass(fn):
@@ -222,9 +234,9 @@ class Component:
         except RewardFault as fault:
             return of_each(fault, batch)
         placed: list[Placed | RewardFault] = []
-        for entry, offsets, uid in zip(entries, batch.offsets, batch.uids, strict=True):
+        for entry, offsets, uid, mask in zip(entries, batch.offsets, batch.uids, batch.action_masks, strict=True):
             try:
-                placed.append(place(entry, offsets, component=self.name, uid=uid, spans=self._spans))
+                placed.append(place(entry, offsets, uid=uid, action_mask=mask, **self._placing))
             except RewardFault as fault:
                 placed.append(fault)
         return placed
@@ -361,16 +373,16 @@ def _parameters(fn: Callable) -> dict[str, inspect.Parameter]:
 
 def _copied(name: str, values: list[Any]) -> list[Any]:
     """Lists and dicts of an argument anew, arrays read-only, anything else as it is."""
-    if name == "offsets":
+    if name in ("offsets", "action_masks"):
         return list(values)
     if name == "completion_ids":
         return [ids.tolist() for ids in values]
     return _deep(values)
 
 
-def _read_only(values: Any) -> np.ndarray:
-    """As int64, a view that no component can write into: all of them see the same."""
-    array = np.asarray(values, dtype=np.int64).view()
+def _read_only(values: Any, dtype: type = np.int64) -> np.ndarray:
+    """A view that no component can write into: all of them see the same."""
+    array = np.asarray(values, dtype=dtype).view()
     array.flags.writeable = False
     return array
 

@@ -385,6 +385,7 @@ _SAMPLE = _object(
     completion_ids=_IDS | {"minItems": 1},
     offsets=_list(_list({"type": "integer", "minimum": 0}, minItems=2, maxItems=2), minItems=1),
     finish_reason={"enum": ["stop", "length", "abort"]},
+    action_mask=_list({"type": "integer", "minimum": 0, "maximum": 1}, minItems=1),
     columns={"type": "object"},
 )
 _REQUEST_SCHEMA = _object(["samples"], components=_list(_TEXT), samples=_list(_SAMPLE, minItems=1))

@@ -23,10 +23,18 @@ class Span(NamedTuple):
 
 LARGEST = 1e9  # of a raw reward; what is larger is a mistake, and a float32 would no longer hold its sums
 Spans = Literal["spread", "last"]  # where the score of a span goes: evenly to its tokens, or to the last of them
+Observations = Literal["refuse", "drop"]  # what becomes of a score on nothing but tokens of an environment
 
 
 def place(
-    answer: Any, offsets: np.ndarray, *, component: str, uid: str, spans: Spans = "spread"
+    answer: Any,
+    offsets: np.ndarray,
+    *,
+    component: str,
+    uid: str,
+    spans: Spans = "spread",
+    action_mask: np.ndarray | None = None,
+    observations: Observations = "refuse",
 ) -> tuple[np.ndarray, np.ndarray]:
     """One entry of a component's answer as raw rewards [T] float64 and mask [T] bool (False: does not apply).
 
@@ -34,6 +42,10 @@ def place(
     the tokens it overlaps, where a character shared by several tokens counts for its last one; they share the score
     evenly (or the last gets all), and where spans meet on a token their parts add up. `math.fsum` of what is placed is
     that of the scores, exactly: the last token takes the remainder.
+
+    Rewards are the policy's: where `action_mask` [T] bool is False an environment wrote, and nothing is placed. A float
+    goes to the last token of the policy, a span to those of the policy that it overlaps, with its whole score. A span
+    that overlaps none, and a number other than 0 in a list of T, are errors (`refuse`) or left out (`drop`).
 
     Raises RewardFault, naming component and sample, for anything else, and for an entry that is a RewardFault itself,
     as a component that asks another server has for the samples that failed there.
@@ -45,6 +57,9 @@ def place(
     tokens = len(offsets)
     if tokens == 0:
         raise fault("the response has no tokens, so there is nothing to reward; aborted responses are not scored")
+    own = np.ones(tokens, dtype=bool) if action_mask is None else action_mask
+    if not own.any():
+        raise fault("the policy wrote no token of the response, so there is nothing to reward")
     if isinstance(answer, RewardFault):
         raise fault(str(answer))
     rewards = np.zeros(tokens)
@@ -52,7 +67,7 @@ def place(
         return rewards, np.zeros(tokens, dtype=bool)
     if isinstance(answer, list) and all(isinstance(entry, Span) for entry in answer):
         if answer:
-            _place_spans(answer, np.asarray(offsets), rewards, fault, spans)
+            _place_spans(answer, np.asarray(offsets), own, rewards, fault, spans, observations)
         return rewards, np.ones(tokens, dtype=bool)
     allowed = (
         f"allowed: a finite float (at most {LARGEST:g}), a list of {tokens} finite floats, a list of"
@@ -62,8 +77,9 @@ def place(
     is_row = isinstance(answer, np.ndarray) and answer.dtype.kind == "f" and answer.ndim == 1
     plain = answer if is_row or not hasattr(answer, "tolist") else answer.tolist()
     if not is_row and not isinstance(plain, list):
-        rewards[-1] = _number(plain)
-        if not abs(rewards[-1]) <= LARGEST:
+        last = np.flatnonzero(own)[-1]
+        rewards[last] = _number(plain)
+        if not abs(rewards[last]) <= LARGEST:
             raise fault(f"got {shown(answer)}; {allowed}")
     else:
         if len(plain) != tokens:
@@ -72,13 +88,30 @@ def place(
         if not (np.abs(rewards) <= LARGEST).all():
             wrong = np.flatnonzero(~(np.abs(rewards) <= LARGEST))
             raise fault(f"got {shown(plain[wrong[0]])} for token {wrong[0]}; {allowed}")
+        foreign = np.flatnonzero((rewards != 0) & ~own)
+        if len(foreign) and observations == "refuse":
+            at = int(foreign[0])
+            raise fault(f"got {shown(plain[at])} for token {at}, {_FOREIGN}")
+        rewards[foreign] = 0.0
     return rewards, np.ones(tokens, dtype=bool)
 
 
+_FOREIGN = (
+    "which the environment wrote: rewards are the policy's (`action_masks` says whose a token is; observations: drop in"
+    " the configuration of the component leaves such scores out)"
+)
+
+
 def _place_spans(
-    answer: list[Span], offsets: np.ndarray, rewards: np.ndarray, fault: Callable[[str], RewardFault], how: Spans
+    answer: list[Span],
+    offsets: np.ndarray,
+    own: np.ndarray,
+    rewards: np.ndarray,
+    fault: Callable[[str], RewardFault],
+    how: Spans,
+    observations: Observations,
 ) -> None:
-    """Adds the parts of each span to `rewards` [T]; `offsets` [T, 2]."""
+    """Adds the parts of each span to `rewards` [T]; `offsets` [T, 2], `own` [T] bool."""
     starts, stops = offsets[:, 0], offsets[:, 1]
     length = int(stops.max())
     # A token owns its characters up to the start of the next token that has any: a shared one is its last token's.
@@ -97,6 +130,11 @@ def _place_spans(
         reached = np.flatnonzero((starts < end) & (owned_stops > start) & (owned_stops > starts))
         if len(reached) == 0:
             raise fault(f"{shown(span)} meets no token")
+        reached = reached[own[reached]]
+        if len(reached) == 0:
+            if observations == "refuse":
+                raise fault(f"{shown(span)} meets nothing but tokens {_FOREIGN}")
+            continue
         reached = reached[-1:] if how == "last" else reached
         part = score / len(reached)
         parts = [part] * (len(reached) - 1)
@@ -106,18 +144,22 @@ def _place_spans(
         last = max(last, int(reached[-1]))
     if not (np.abs(rewards) <= LARGEST).all():
         raise fault(f"the scores of its spans add up to more than {LARGEST:g} on one token")
-    _conserve(rewards, last, scores, fault)
+    if scores:
+        _conserve(rewards, own, last, scores, fault)
 
 
-def _conserve(rewards: np.ndarray, last: int, scores: list[float], fault: Callable[[str], RewardFault]) -> None:
+def _conserve(
+    rewards: np.ndarray, own: np.ndarray, last: int, scores: list[float], fault: Callable[[str], RewardFault]
+) -> None:
     """What adding parts where spans meet has rounded away goes to token `last`, the last one that got any.
 
     Where large scores cancel, its float64 may be too coarse for that: then to the token with the smallest reward that
-    takes it. It is less than the last binary digit of the largest score.
+    takes it. It is less than the last binary digit of the largest score. Only tokens of the policy (`own`) take any.
     """
     emitted = math.fsum(scores)
     missing = math.fsum([emitted, *(-x for x in rewards.tolist())])
-    for token in [last, *np.argsort(np.abs(rewards), kind="stable").tolist()]:
+    smallest = np.argsort(np.abs(rewards), kind="stable")
+    for token in [last, *smallest[own[smallest]].tolist()]:
         if math.fsum(rewards.tolist()) == emitted:
             return
         before = rewards[token]

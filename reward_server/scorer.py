@@ -24,6 +24,7 @@ class Scorer:
                 functions[name] if name in functions else load_component(spec.fn),
                 spec.options,
                 spans=spec.spans,
+                observations=spec.observations,
             )
             for name, spec in rewards.items()
         }

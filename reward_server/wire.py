@@ -3,12 +3,13 @@
 Whatever does not fit is a WireError (of a request) or a RewardFault (of an answer) that names the field, and component
 and sample where there are any. Nothing is guessed, repaired or filled in.
 
-Request as JSON; `components` may be left out (all), everything else is wanted:
+Request as JSON; `components` may be left out (all), and `action_mask` (all 1: the policy wrote every token); everything
+else is wanted:
 
     {"components": ["quality"],
      "samples": [{"uid": "5b2f", "prompt": "2+2=", "prompt_ids": [17, 10], "completion": "4.",
                   "completion_ids": [19, 13, 0], "offsets": [[0, 1], [1, 2], [2, 2]], "finish_reason": "stop",
-                  "columns": {"answer": "4"}}]}
+                  "action_mask": [1, 1, 1], "columns": {"answer": "4"}}]}
 
 Answer:
 
@@ -17,7 +18,8 @@ Answer:
 
 where a component that does not apply has {"applies": false}, one that failed on the sample {"fault": "why"}. As Arrow
 both are one record batch of one row per sample, with a column for each field; prompt, completion and columns are JSON
-text in it. Legend: B samples, T response tokens.
+text in it. `action_mask` is sent where some response has an observation and not else: a server that does not know it
+scores what it can, and refuses by name what it would score wrongly. Legend: B samples, T response tokens.
 """
 
 import hashlib
@@ -72,6 +74,7 @@ def ids_hash(ids: Any) -> str:
 
 
 def encode_request(request: ScoreRequest, components: list[str], content_type: str) -> bytes:
+    observed = not all(mask.all() for mask in request.action_masks)
     if content_type == JSON:
         samples = [
             {
@@ -84,6 +87,7 @@ def encode_request(request: ScoreRequest, components: list[str], content_type: s
                 "finish_reason": request.finish_reasons[i],
                 "columns": {name: values[i] for name, values in request.columns.items()},
             }
+            | ({"action_mask": request.action_masks[i].astype(int).tolist()} if observed else {})
             for i in range(len(request))
         ]
         return json.dumps({"components": components, "samples": samples}).encode()
@@ -100,6 +104,8 @@ def encode_request(request: ScoreRequest, components: list[str], content_type: s
         "finish_reason": pa.array(request.finish_reasons, pa.string()),
         "columns": pa.array(columns, pa.large_string()),
     }
+    if observed:
+        arrays["action_mask"] = _lists(request.action_masks, dtype=np.int8)
     return _stream(arrays, {"components": json.dumps(components)})
 
 
@@ -113,6 +119,7 @@ _REQUEST = {
     "stops": pa.large_list(pa.int32()),
     "finish_reason": pa.string(),
     "columns": pa.large_string(),
+    "action_mask": pa.large_list(pa.int8()),
 }
 
 
@@ -162,6 +169,7 @@ def decode_request(
         offsets=[sample["offsets"] for sample in samples],
         finish_reasons=[sample["finish_reason"] for sample in samples],
         uids=[sample["uid"] for sample in samples],
+        action_masks=[sample["action_mask"] for sample in samples],
         columns={name: [sample["columns"].get(name) for sample in samples] for name in names_of_columns},
     )
     return request, names
@@ -169,11 +177,13 @@ def decode_request(
 
 def _sample_from_json(sample: Any, i: int) -> dict[str, Any]:
     fields = {"uid", "prompt", "prompt_ids", "completion", "completion_ids", "offsets", "finish_reason", "columns"}
-    _keys(sample, f"samples[{i}]", fields, set())
+    _keys(sample, f"samples[{i}]", fields, {"action_mask"})
     here = f"sample {sample['uid'] if isinstance(sample['uid'], str) else i}"
     whole = dict(sample)
     for name in ("prompt_ids", "completion_ids"):
         whole[name] = _integers(sample[name], f"{here}: {name}")
+    mask = sample.get("action_mask", [1] * len(whole["completion_ids"]))
+    whole["action_mask"] = _integers(mask, f"{here}: action_mask")
     pairs = sample["offsets"]
     if not isinstance(pairs, list) or not set(map(type, pairs)) <= {list} or not set(map(len, pairs)) <= {2}:
         raise WireError(f"{here}: offsets: wants a list of [start, end]")
@@ -182,9 +192,10 @@ def _sample_from_json(sample: Any, i: int) -> dict[str, Any]:
 
 
 def _samples_from_arrow(body: bytes, limits: Limits) -> tuple[list[dict[str, Any]], Any]:
-    table, metadata = _read(body, _REQUEST, lambda reason: WireError(reason, 400), limits)
+    table, metadata = _read(body, _REQUEST, lambda reason: WireError(reason, 400), limits, optional="action_mask")
     wanted = strict_json(metadata[b"components"], limits.depth) if b"components" in metadata else None
     ids, prompt_ids = _split(table["completion_ids"]), _split(table["prompt_ids"])
+    masks = _split(table["action_mask"]) if "action_mask" in table else [np.ones(len(x), dtype=np.int8) for x in ids]
     (starts, ends), (stops, stop_ends) = _flat(table["starts"]), _flat(table["stops"])
     if not np.array_equal(ends, stop_ends):
         i = int((np.diff(ends, prepend=0) != np.diff(stop_ends, prepend=0)).argmax())
@@ -202,6 +213,7 @@ def _samples_from_arrow(body: bytes, limits: Limits) -> tuple[list[dict[str, Any
                 "completion": strict_json(plain["completion"][i].encode(), limits.depth),
                 "completion_ids": ids[i],
                 "offsets": offsets[i],
+                "action_mask": masks[i],
                 "finish_reason": plain["finish_reason"][i],
                 "columns": strict_json(plain["columns"][i].encode(), limits.depth),
             }
@@ -229,6 +241,9 @@ def _check_sample(sample: dict[str, Any]) -> None:
         raise WireError(f"{here}: completion_ids: there is none, so there is nothing to reward")
     if len(offsets) != len(ids):
         raise WireError(f"{here}: {len(offsets)} offsets for {len(ids)} completion_ids")
+    mask = sample["action_mask"]
+    if len(mask) != len(ids) or not np.isin(mask, (0, 1)).all() or not mask.any():
+        raise WireError(f"{here}: action_mask: wants {len(ids)} times 0 or 1, one for each token, and a 1 among them")
 
 
 def _check_tokens(samples: list[dict[str, Any]]) -> None:
@@ -544,14 +559,22 @@ def _stream(arrays: dict[str, pa.Array], metadata: dict[str, str]) -> bytes:
 
 
 def _read(
-    body: bytes, columns: dict[str, Any], refuse: Any, limits: Limits, nullable: tuple[str, ...] = ()
+    body: bytes,
+    columns: dict[str, Any],
+    refuse: Any,
+    limits: Limits,
+    nullable: tuple[str, ...] = (),
+    optional: str | None = None,
 ) -> tuple[dict[str, pa.Array], dict[bytes, bytes]]:
-    """The columns of the one record batch in a stream, checked down to their buffers. Raises `refuse`."""
+    """The columns of the one record batch in a stream, checked down to their buffers; one may be left out.
+
+    Raises `refuse`."""
     try:
         # Compressed buffers would be unpacked before anybody could count their bytes.
         with pa.ipc.open_stream(pa.BufferReader(body)) as reader:
             schema = reader.schema
             names = set(schema.names)
+            columns = {name: kind for name, kind in columns.items() if name != optional or name in names}
             if len(schema.names) != len(names) or names != set(columns):
                 off = sorted(names ^ set(columns))
                 raise refuse(f"Arrow: the columns are not those wanted ({', '.join(off)[:200]})")

@@ -13,7 +13,8 @@ from core.faults import TransitFault
 from core.trajectory import PromptRequest, Trajectory
 from core.weights import Flat, Probe, WeightAck, WeightManifest
 from rollout.engines.engine import Engine
-from rollout.offsets import OffsetMapper
+from rollout.environment import EnvironmentSpec
+from rollout.turns import Turns
 from rollout.weight_broadcast import BroadcastGroup, Rendezvous
 from rollout.weight_receiver import WeightReceiver
 
@@ -34,45 +35,46 @@ class RolloutWorker:
         *,
         threads: int,
         deterministic: bool,
+        environment: EnvironmentSpec | None = None,
     ) -> None:
-        """`load_engine` and `load_tokenizer` run in the actor's process: weights are read on the worker's host."""
+        """`load_engine` and `load_tokenizer` run in the actor's process: weights are read on the worker's host.
+        `environment` is started in the first call: what a constructor raises would arrive as text."""
         torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(deterministic, warn_only=True)  # a GPU has no deterministic cumsum
         self.name = name
         self._engine = load_engine()
-        self._map_offsets = OffsetMapper(load_tokenizer())
+        self._turns = Turns(self._engine, load_tokenizer(), environment)
         self._weights = WeightReceiver(self._engine.live_tensors)
         self._group: BroadcastGroup | None = None
         self._no_group = "it was told of no group"  # why, where there is none
 
     def hello(self) -> WorkerReady:
-        """Answers once the model is loaded."""
+        """Answers once model and environment are loaded. Raises EnvironmentFault where the latter cannot be."""
+        self._turns.start()
         return WorkerReady(pid=os.getpid())
 
     def generate(self, requests: list[PromptRequest]) -> tuple[list[Trajectory], int]:
-        """Write one response to each request. Returns the trajectories and, apart, the number of tokens written.
+        """Write one response to each request. Returns the trajectories and, apart, the number of tokens that the
+        policy wrote. Raises EnvironmentFault.
 
         Two return values (num_returns=2): the group reads the small one to learn that the call ended well; the
         trajectories go from here straight to the reward server.
         """
-        generations = self._engine.generate(requests)
-        trajectories = []
-        for request, generation in zip(requests, generations, strict=True):
-            n = len(generation.response_ids)
-            trajectories.append(
-                Trajectory(
-                    request=request,
-                    response_ids=generation.response_ids,
-                    rollout_logprobs=generation.logprobs,
-                    action_mask=np.ones(n, dtype=bool),
-                    token_offsets=self._map_offsets(generation.response_ids.tolist())[1],
-                    policy_version=np.full(n, self._weights.version, dtype=np.int64),
-                    finish_reason=generation.finish_reason,
-                    finished_at=time.time(),
-                    kept=generation.kept,
-                )
+        trajectories = [
+            Trajectory(
+                request=request,
+                response_ids=written.response_ids,
+                rollout_logprobs=written.logprobs,
+                action_mask=written.action_mask,
+                token_offsets=written.token_offsets,
+                policy_version=np.full(len(written.response_ids), self._weights.version, dtype=np.int64),
+                finish_reason=written.finish_reason,
+                finished_at=time.time(),
+                kept=written.kept,
             )
-        return trajectories, sum(len(t) for t in trajectories)
+            for request, written in zip(requests, self._turns.write(requests), strict=True)
+        ]
+        return trajectories, sum(int(t.action_mask.sum()) for t in trajectories)
 
     def begin_update(self, manifest: WeightManifest) -> None:
         """See WeightReceiver.begin. Then the buckets, one way or another, then commit_update."""

@@ -56,6 +56,10 @@ STALE, AHEAD = ("tests/test_stale.py",), ("tests/test_ahead.py",)
 DRAWS = ("tests/test_sampling.py::test_draws_follow_the_softmax_over_what_is_kept",)
 KEPT = ("tests/test_kept.py::test_caps_clips_and_kl_in_the_loss_work_on_them",)
 KEPT_HEAD = ("tests/test_kept.py::test_the_fused_head_is_autograd_over_masked_logits",)
+TURNS = ("tests/test_turns.py::test_logprobs_are_those_of_one_forward_over_all_that_stands_there",)
+LAST_TURN = ("tests/test_turns.py::test_the_environment_is_not_asked_after_the_last_turn",)
+NO_ROOM = ("tests/test_turns.py::test_an_observation_that_leaves_no_room_is_left_out_and_the_response_is_cut",)
+COUNTED = ("tests/test_turns.py::test_metrics_count_what_the_policy_wrote",)
 LEARN = ("tests/test_learn.py::test_a_token_for_each_position_is_learnt",)
 
 
@@ -68,6 +72,7 @@ class Mutation:
     tests: tuple[str, ...]
 
 
+TURNS_PY = "rollout/turns.py"
 BATCH_PY, PPO_PY, LOOP_PY = "trainer/batch.py", "trainer/ppo.py", "trainer/loop.py"
 COMBINE_PY, WEIGHTS_PY, RECEIVER_PY = "core/combine.py", "core/weights.py", "rollout/weight_receiver.py"
 LOGPROBS_PY, ENGINE_PY = "core/logprobs.py", "rollout/engines/transformers_engine.py"
@@ -121,6 +126,41 @@ MUTATIONS = [
         "response_mask=right([t.action_mask for t in trajectories], np.bool_)",
         "response_mask=right([np.ones(len(t), dtype=bool) for t in trajectories], np.bool_)",
         ALIGN,
+    ),
+    Mutation(
+        "the policy is trained on what an environment wrote",
+        TURNS_PY,
+        "masks[i] = np.append(masks[i], none.astype(bool))",
+        "masks[i] = np.append(masks[i], ~none.astype(bool))",
+        TURNS,
+    ),
+    Mutation(
+        "a response ends with an observation",
+        TURNS_PY,
+        'if reason == "stop" and turn < max_turns:',
+        'if reason == "stop":',
+        LAST_TURN,
+    ),
+    Mutation(
+        "an observation fills the response",
+        TURNS_PY,
+        "if n_tokens + len(ids) >= self._spec.max_new_tokens:",
+        "if n_tokens + len(ids) > self._spec.max_new_tokens:",
+        NO_ROOM,
+    ),
+    Mutation(
+        "log-probs of a turn stand where the observation before it began",
+        TURNS_PY,
+        "logprobs=np.append(g.logprobs, none)",
+        "logprobs=np.append(none, g.logprobs)",
+        TURNS,
+    ),
+    Mutation(
+        "what an environment wrote counts as length",
+        LOOP_PY,
+        'sums.add("response/length_mean", float(mask.sum()), n)',
+        'sums.add("response/length_mean", float(batch.response_lengths.sum()), n)',
+        COUNTED,
     ),
     Mutation(
         "the reward lands on the token after its own, the last one's on padding",
@@ -410,8 +450,8 @@ MUTATIONS = [
     Mutation(
         "the stop token is no part of the response",
         ENGINE_PY,
-        "lengths[rows[ended]] = True, t + 1",
-        "lengths[rows[ended]] = True, t",
+        "= written[ended], stopped[ended]",
+        "= written[ended] - stopped[ended].long(), stopped[ended]",
         ENGINE,
     ),
     Mutation("a cut response says that it stopped", ENGINE_PY, '"stop" if stop else "length"', '"stop"', ENGINE),

@@ -5,6 +5,7 @@ import functools
 import math
 import sys
 import textwrap
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -96,7 +97,15 @@ class TestComponent:
     def test_a_function_gets_everything_through_kwargs(self):
         seen = {}
         entries(Component("c", lambda **kwargs: seen.update(kwargs) or [0.0]), request(columns={"level": [3]}))
-        assert sorted(seen) == ["completion_ids", "completions", "finish_reasons", "level", "offsets", "prompts"]
+        assert sorted(seen) == [
+            "action_masks",
+            "completion_ids",
+            "completions",
+            "finish_reasons",
+            "level",
+            "offsets",
+            "prompts",
+        ]
 
     def test_a_function_gets_its_options_with_each_call(self):
         def fn(completions, factor=1.0):
@@ -266,13 +275,41 @@ class TestScoreRequest:
         assert batch.columns == {"answer": ["4", None], "level": [None, 2]}
         assert all((offsets == OFFSETS).all() for offsets in batch.offsets)
 
+    def test_whose_the_tokens_are(self):
+        """Components get it from the trajectory; where nobody says, all are the policy's."""
+        mixed = replace(trajectory("p"), action_mask=np.array([True, False, False, True]))
+        batch = ScoreRequest.from_trajectories([mixed, trajectory("q")], ["the cat.", "the cat."])
+        assert [mask.tolist() for mask in batch.action_masks] == [[True, False, False, True], [True] * 4]
+        assert [mask.tolist() for mask in request().action_masks] == [[True] * 4]
+        with pytest.raises(ValueError, match="read-only"):
+            batch.action_masks[0][1] = True
+
+    def test_what_an_environment_wrote_earns_nothing_unless_it_is_a_fault(self):
+        rewards = {"refuse": [1.0, 0.0, 2.0, 3.0], "drop": [1.0, 0.0, 2.0, 3.0], "last": 4.0, "who": None}
+        mixed = request(action_masks=[np.array([True, False, False, True])])
+        seen = {}
+        parts = [
+            Component("refuse", lambda **_: [rewards["refuse"]]),
+            Component("drop", lambda **_: [rewards["drop"]], observations="drop"),
+            Component("last", lambda **_: [rewards["last"]]),
+            Component("who", lambda action_masks: seen.update(masks=action_masks) or [None]),
+        ]
+        got = {name: answers[0] for name, answers in score_components(parts, mixed).items()}
+        assert (
+            isinstance(got["refuse"], RewardFault) and "u0" in str(got["refuse"]) and "'refuse'" in str(got["refuse"])
+        )
+        assert got["drop"][0].tolist() == [1, 0, 0, 3] and got["last"][0].tolist() == [0, 0, 0, 4]
+        assert seen["masks"][0].tolist() == [True, False, False, True]
+
     def test_a_prompt_of_messages_is_answered_by_a_message(self):
         messages = [{"role": "user", "content": "hi"}]
         batch = ScoreRequest.from_trajectories([trajectory(messages)], ["the cat."])
         assert batch.prompts == [messages]
         assert batch.completions == [[{"role": "assistant", "content": "the cat."}]]
 
-    @pytest.mark.parametrize("name", ["prompts", "completions", "completion_ids", "offsets", "finish_reasons"])
+    @pytest.mark.parametrize(
+        "name", ["prompts", "completions", "completion_ids", "offsets", "finish_reasons", "action_masks"]
+    )
     def test_a_column_with_a_taken_name_is_the_users_error(self, name):
         with pytest.raises(UserError, match=f"data column `{name}`: .*rename the column"):
             ScoreRequest.from_trajectories([trajectory("p", **{name: 1})], ["the cat."])

@@ -15,7 +15,6 @@ from core.config import load
 from core.faults import InvariantFault, UserError
 from core.schema import Config
 from core.trajectory import KeptTokens, Trajectory
-from core.weights import make_manifest, pack
 from rollout.engines.sampling import Filters
 from rollout.engines.transformers_engine import TransformersEngine
 from rollout.weight_receiver import WeightReceiver
@@ -26,6 +25,7 @@ from trainer.kept import KeptSets
 from trainer.learner import Learner
 from trainer.loop import credit
 from trainer.model import PolicyWithValueHead, inputs_of
+from weight_delivery import send
 
 N = 12
 NUCLEUS = Filters(top_p=0.9)
@@ -195,12 +195,7 @@ def test_a_thousand_responses_before_and_after_a_weight_sync(name, temperature, 
     assert means["logprob_diff/max"] <= 1e-5
     stats = it.update(credited(cfg, it, batch))
     assert stats["ppo/ratio_mean"] == pytest.approx(1, abs=1e-5) and abs(stats["ppo/approx_kl"]) < 1e-6
-    tensors, receiver = it.export_weights(), WeightReceiver(served.live_tensors())
-    manifest = make_manifest(1, tensors, 10**9)
-    receiver.begin(manifest)
-    for index, names in enumerate(manifest.buckets):
-        receiver.receive(index, pack(names, tensors))
-    receiver.commit()
+    send(WeightReceiver(served.live_tensors), it.export_weights(), 1)
     again, means = it.annotate(TrainBatch.collate(tiny_models.roll_out(served, n)))
     assert means["logprob_diff/max"] <= 1e-5
     assert (again.old_logprobs - again.ref_logprobs).abs().max() > 1e-3  # the engine has other weights than at first

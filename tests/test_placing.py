@@ -169,6 +169,15 @@ class TestPlace:
         assert math.fsum(rewards.tolist()) == math.fsum(s.score for s in spans) != math.fsum(rewards[:2].tolist())
         assert rewards[:2].tolist() == [500.1235, -500.1215] and 0 < abs(rewards[2]) < 1e-13 and rewards[3] == 0
 
+    def test_what_a_split_number_rounds_away_stays_with_the_policy(self):
+        """The remainder of cancelling spans looks for a small token: one of an environment is the smallest of all."""
+        offsets = np.array([[0, 3], [3, 7], [7, 8], [8, 9], [9, 9]])
+        own = np.array([True, True, False, True, True])
+        spans = [Span(0, 3, 500.123), Span(3, 7, -500.122), Span(0, 7, 0.001)]
+        rewards, _ = place(spans, offsets, component="c", uid="u", action_mask=own)
+        assert math.fsum(rewards.tolist()) == math.fsum(s.score for s in spans)
+        assert rewards[2] == 0 and rewards[3] != 0
+
     @settings(max_examples=300, deadline=None)
     @given(
         text=st.text("aé😀 .", min_size=1, max_size=12),
@@ -196,3 +205,51 @@ class TestPlace:
             answer.append(Span(min(start, len(text) - 1), max(end, min(start, len(text) - 1) + 1), score))
         rewards, _ = place(answer, np.array(pairs), component="c", uid="u", spans=how)
         assert math.fsum(rewards.tolist()) == math.fsum(span.score for span in answer)
+
+
+OWN = np.array([True, False, False, True])  # " cat" and "." are what an environment answered
+
+
+class TestObservations:
+    """Rewards are the policy's: nothing is ever placed on a token that an environment wrote."""
+
+    @staticmethod
+    def placed(answer, own=OWN, **how) -> list[float]:
+        rewards, mask = place(answer, OFFSETS, component="truth", uid="u7", action_mask=own, **how)
+        assert mask.all() == (answer is not None) and not rewards[~own].any()
+        return rewards.tolist()
+
+    @pytest.mark.parametrize("how", ["refuse", "drop"])
+    def test_a_float_goes_to_the_last_token_of_the_policy(self, how):
+        assert self.placed(0.5, observations=how) == [0, 0, 0, 0.5]
+        assert self.placed(0.5, np.array([True, True, False, False]), observations=how) == [0, 0.5, 0, 0]
+
+    @pytest.mark.parametrize("how", ["refuse", "drop"])
+    def test_a_span_goes_whole_to_the_tokens_of_the_policy_that_it_overlaps(self, how):
+        assert self.placed([Span(0, 8, 3.0)], observations=how) == [3, 0, 0, 0]
+        own = np.array([True, False, True, True])
+        assert self.placed([Span(0, 8, 3.0)], own, observations=how) == [1.5, 0, 1.5, 0]
+        assert self.placed([Span(0, 8, 3.0)], own, spans="last", observations=how) == [0, 0, 3, 0]
+        assert self.placed([Span(0, 7, 3.0)], own, spans="last", observations=how) == [3, 0, 0, 0]
+
+    def test_a_span_on_nothing_else_is_an_error_or_dropped(self):
+        with pytest.raises(RewardFault, match="sample u7: component 'truth': .*score=1.0.* the environment wrote"):
+            self.placed([Span(0, 3, 2.0), Span(4, 8, 1.0)])
+        assert self.placed([Span(0, 3, 2.0), Span(4, 8, 1.0)], observations="drop") == [2, 0, 0, 0]
+        assert self.placed([Span(4, 8, 1.0)], observations="drop") == [0, 0, 0, 0]
+
+    @pytest.mark.parametrize("kind", [list, np.array])
+    def test_a_number_for_such_a_token_is_an_error_or_dropped_and_0_is_none(self, kind):
+        assert self.placed(kind([1.0, 0.0, 0.0, 2.0])) == [1, 0, 0, 2]
+        with pytest.raises(RewardFault, match="sample u7: component 'truth': got .*-3.0.* for token 2, .*environment"):
+            self.placed(kind([1.0, 0.0, -3.0, 2.0]))
+        assert self.placed(kind([1.0, 4.0, -3.0, 2.0]), observations="drop") == [1, 0, 0, 2]
+
+    @pytest.mark.parametrize("wrong", [math.nan, math.inf, 1e10])
+    def test_what_is_no_reward_is_an_error_there_too(self, wrong):
+        with pytest.raises(RewardFault, match="for token 1; allowed"):
+            self.placed([1.0, wrong, 0.0, 0.0], observations="drop")
+
+    def test_a_response_without_a_token_of_the_policy_has_nothing_to_reward(self):
+        with pytest.raises(RewardFault, match="u7.*the policy wrote no token"):
+            self.placed(1.0, np.zeros(4, dtype=bool))

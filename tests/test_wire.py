@@ -53,6 +53,45 @@ def same(a: ScoreRequest, b: ScoreRequest) -> None:
             assert x.dtype == y.dtype == np.int64 and x.tolist() == y.tolist()
 
 
+OBSERVED = [np.array([1, 0, 1]), np.array([1, 1, 1])]  # the second token of u0 is an environment's
+
+
+@BOTH
+def test_whose_the_tokens_are_comes_back_and_is_not_sent_where_all_are_the_policys(kind):
+    """A server that knows no such field scores single turns, and refuses the others by the name of the field."""
+    asked = request(action_masks=OBSERVED)
+    body = encode_request(asked, ["a"], kind)
+    got, _ = decode_request(body, kind, ["a"])
+    same(got, asked)
+    assert [m.tolist() for m in got.action_masks] == [[True, False, True], [True] * 3]
+    assert b"action_mask" in body and b"action_mask" not in encode_request(request(), ["a"], kind)
+    plain, _ = decode_request(encode_request(request(), ["a"], kind), kind, ["a"])
+    assert all(m.all() and m.dtype == bool for m in plain.action_masks)
+
+
+@BOTH
+@pytest.mark.parametrize("mask", [[1, 0], [1, 2, 1], [0, 0, 0], [1, -1, 1], []])
+def test_a_mask_that_is_none_is_refused_with_the_uid(kind, mask):
+    asked = request()
+    asked.action_masks[0] = np.array(mask, dtype=np.int64)
+    asked.action_masks[1] = OBSERVED[0]
+    body = encode_request(asked, ["a"], kind)
+    if kind == JSON:
+        tree = json.loads(body)
+        tree["samples"][0]["action_mask"] = mask
+        body = json.dumps(tree).encode()
+    with pytest.raises(WireError, match="sample u0: action_mask: wants 3 times 0 or 1"):
+        decode_request(body, kind, ["a"])
+
+
+@pytest.mark.parametrize("mask", [None, "101", [True, False, True], [1.0, 0.0, 1.0]])
+def test_a_mask_of_other_things_is_refused(mask):
+    tree = json.loads(encode_request(request(action_masks=OBSERVED), ["a"], JSON))
+    tree["samples"][0]["action_mask"] = mask
+    with pytest.raises(WireError, match="sample u0: action_mask: wants"):
+        decode_request(json.dumps(tree).encode(), JSON, ["a"])
+
+
 @BOTH
 def test_a_request_comes_back_as_it_was(kind):
     got, names = decode_request(encode_request(request(), ["b", "a"], kind), kind, ["a", "b", "c"])

@@ -16,12 +16,12 @@ def evaluation_sums(trajectories: list[Trajectory], components: dict[str, Reward
     sums, n = Sums(), len(trajectories)
     total = 0.0
     for name, spec in components.items():
-        raw = [float(t.component_rewards[name].sum()) for t in trajectories]
+        raw = [float(t.component_rewards[name][t.action_mask].sum()) for t in trajectories]
         total += spec.last_weight * sum(raw)
         applied = sum(bool(t.component_mask[name].any()) for t in trajectories)
         sums.add(f"eval/reward/{name}/raw" if spec.paid else f"eval/{name}", sum(raw), applied)
     sums.add("eval/reward/total", total, n)
-    sums.add("eval/response/length_mean", sum(len(t) for t in trajectories), n)
+    sums.add("eval/response/length_mean", sum(int(t.action_mask.sum()) for t in trajectories), n)
     sums.add("eval/response/truncated_frac", sum(t.finish_reason == "length" for t in trajectories), n)
     return sums
 

@@ -164,7 +164,7 @@ def train(
         means = rollout_sums(batch, combined, trajectories, version=step - 1).merge(ranks.sum_list).means()
         means |= policy_means | credit_means | update_means | {"objective/kl_coef": state.kl.coef}
         means |= {f"reward/{name}/weight": weight for name, weight in weights.items()}
-        for what, values in attribution(combined, batch.response_lengths, all_reduce=ranks.sum).items():
+        for what, values in attribution(combined, batch.response_mask.sum(dim=1), all_reduce=ranks.sum).items():
             means |= {f"reward/{name}/{what}": value for name, value in values.items()}
         samples, tokens = map(int, ranks.sum_list([len(batch), int(batch.response_mask.sum())]))
         means |= prompts.observe(totals(batch, ranks))
@@ -304,12 +304,18 @@ def rollout_sums(batch: TrainBatch, combined: Combined, trajectories: list[Traje
         sums.add(f"reward/{name}/raw", float(torch.where(valid, batch.component_rewards[name], 0.0).sum()), applied)
         sums.add(f"reward/{name}/normalized", float(combined.normalized[name].double().sum()), applied)
         sums.add(f"reward/{name}/weighted", float(weighted.double().sum()), n)
-    sums.add("response/length_mean", float(batch.response_lengths.sum()), n)
+    sums.add("response/length_mean", float(mask.sum()), n)
+    sums.add("response/turns_mean", float(turns_of(mask)), n)
     sums.add("response/truncated_frac", float(batch.cut.sum()), n)
     sums.add("staleness/mean", float((version - batch.policy_version)[mask].sum()), float(mask.sum()))
     last = max((t.finished_at for t in trajectories), default=0.0)
     sums.add("perf/scored_early_frac", sum(t.scored_at < last for t in trajectories), n)
     return sums
+
+
+def turns_of(response_mask: Tensor) -> int:
+    """Number of runs of the policy's own tokens in all rows of a mask [B, T]: what tokens of others lie between."""
+    return int(response_mask[:, :1].sum() + (response_mask[:, 1:] & ~response_mask[:, :-1]).sum())
 
 
 def make_probe(prompts: Prompts, n_response: int) -> Probe:

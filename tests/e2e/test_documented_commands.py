@@ -59,6 +59,7 @@ RUN: dict[str, str | Callable[[str], str]] = {
         r"\1 --device cpu --dtype float32 --sizes tiny --batch 4 --prompt 8 --response 16 --tokens 64 --rounds 1"
     ),
     r"(python examples/cards/make\.py --no-train .*)": r"\1",
+    r"(python examples/calculator/make\.py)": r"\1 --steps 20",
     r"(tokenppo check-reward .*)": r"\1",
     r"(python -m core\.metrics)": r"\1",
     r"(python -m core\.\w+) > (docs/\w+\.md)": r"\1 | diff - \2",
@@ -109,6 +110,9 @@ def test_a_documented_command_works(command: Command, folder):
     if "runs/demo" in line and not (folder / "runs" / "demo").exists():
         demo = shell(small("tokenppo train --config configs/cards.yaml --run.name demo"), folder)
         assert demo.returncode == 0, demo.stdout + demo.stderr
+    if "configs/calculator.yaml" in line and not (folder / "runs" / "calculator-task").exists():
+        task = shell("python examples/calculator/make.py --steps 20", folder)
+        assert task.returncode == 0, task.stdout + task.stderr
     done = shell(line, folder)
     assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
     assert "Traceback" not in done.stderr, done.stderr

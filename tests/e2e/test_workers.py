@@ -53,7 +53,7 @@ def written(cfg, n_workers: int) -> list[Trajectory]:
         rewards.wait_ready()
         group.wait_ready()
         assert len(set(group.pids.values())) == n_workers
-        return rewards.collect(rewards.submit(group.generate(prompts.take(24, 2))))
+        return rewards.collect(group.start(prompts.take(24, 2), rewards.submit).result()[0])
     finally:
         group.close()
         rewards.close()
@@ -103,7 +103,7 @@ def test_replicas_that_join_chunks_score_the_same(cfg, by_one):
     group, rewards = build.rollouts(cfg, tokenizer, "cpu", print), build.reward_client(cfg, None, print)
     try:
         assert len(set(rewards.wait_ready())) == 2
-        got = rewards.collect(rewards.submit(group.generate(prompts.take(24, 2))))
+        got = rewards.collect(group.start(prompts.take(24, 2), rewards.submit).result()[0])
     finally:
         group.close()
         rewards.close()
@@ -122,7 +122,7 @@ def test_one_sample_that_makes_a_component_raise_costs_that_sample_alone(cfg, tm
     prompts, _ = build.prompt_streams(cfg, tokenizer)
     group, rewards = build.rollouts(cfg, tokenizer, "cpu", print), build.reward_client(cfg, None, notes.append)
     try:
-        got = rewards.collect(rewards.submit(group.generate(prompts.take(24, 2))))
+        got = rewards.collect(group.start(prompts.take(24, 2), rewards.submit).result()[0])
     finally:
         group.close()
         rewards.close()
@@ -147,18 +147,18 @@ def test_a_finished_chunk_is_scored_while_the_next_is_not_yet_written(cfg, tmp_p
     prompts, _ = build.prompt_streams(cfg, tokenizer)
     group, rewards = build.rollouts(cfg, tokenizer, "cpu", print), build.reward_client(cfg, None, print)
 
-    def one_after_the_other():
-        first, second = prompts.take(4, 2), prompts.take(4, 2)
-        yield from group.generate(first)
-        mark = tmp_path / f"scored-{min(r.columns['n'] for r in first)}"
+    def one_after_the_other(chunks):
+        yield next(chunks)
         deadline = time.monotonic() + 120
-        while not mark.exists():
-            assert time.monotonic() < deadline, "the first chunk was not scored before the second was written"
+        while not list(tmp_path.glob("scored-*")):
+            assert time.monotonic() < deadline, "the first chunk was not scored before the second was handed over"
             time.sleep(0.02)
-        yield from group.generate(second)
+        yield from chunks
 
     try:
-        assert len(rewards.collect(rewards.submit(one_after_the_other()))) == 16
+        requests = prompts.take(8, 2)
+        pending, _ = group.start(requests, lambda chunks: rewards.submit(one_after_the_other(chunks))).result()
+        assert len(rewards.collect(pending)) == 16
     finally:
         group.close()
         rewards.close()
@@ -174,7 +174,7 @@ def test_an_answer_that_is_not_per_completion_fails_and_is_not_tried_alone(cfg, 
     group, rewards = build.rollouts(cfg, tokenizer, "cpu", print), build.reward_client(cfg, None, print)
     try:
         with pytest.raises(RewardFault, match="answered 1 entries for 8 completions"):
-            rewards.collect(rewards.submit(group.generate(prompts.take(24, 2))))
+            rewards.collect(group.start(prompts.take(24, 2), rewards.submit).result()[0])
     finally:
         group.close()
         rewards.close()

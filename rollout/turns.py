@@ -1,0 +1,119 @@
+"""Responses of several turns: what the policy writes, what an environment answers, and who wrote which token.
+
+    prompt   [ 12 + 7 = ]
+    response [ <calc> 12 + 7 </calc> <eos> | 19 | The answer is 19 <eos> ]
+    mask       1      1  1 1 1       1       0    1   1      1  1  1
+
+A response never ends with an observation: the last token is the policy's. Ids are the only truth: an observation is
+tokenised by itself, and what is there already is never tokenised again. Which ids come out is a function of (weights,
+prompt, seed, ordinal, k) and of the environment, not of who else is written beside it.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from core.faults import EnvironmentFault
+from core.trajectory import FinishReason, KeptTokens, PromptRequest
+from rollout.engines.engine import Begun, Engine, Generation
+from rollout.environment import EnvironmentProcess, EnvironmentSpec
+from rollout.offsets import OffsetMapper
+
+
+@dataclass(frozen=True, kw_only=True)
+class Written:
+    """A whole response, T tokens."""
+
+    response_ids: np.ndarray  # [T] int64
+    logprobs: np.ndarray  # [T] float32, 0 where an environment wrote: nothing reads them there
+    action_mask: np.ndarray  # [T] bool, False where an environment wrote
+    token_offsets: np.ndarray  # [T, 2] int64
+    finish_reason: FinishReason
+    kept: KeptTokens | None  # of [T] where the engine filters, no ids where an environment wrote
+
+
+class Turns:
+    """Writes responses with an engine, and with an environment where the run has one."""
+
+    def __init__(self, engine: Engine, tokenizer: Any, spec: EnvironmentSpec | None) -> None:
+        self._engine, self._tokenizer, self._spec = engine, tokenizer, spec
+        self._map_offsets = OffsetMapper(tokenizer)
+        self._environment: EnvironmentProcess | None = None
+
+    def start(self) -> None:
+        """Load the environment, where there is one and it is not there yet. Raises EnvironmentFault."""
+        if self._spec is not None and self._environment is None:
+            self._environment = EnvironmentProcess(self._spec)
+
+    def write(self, requests: list[PromptRequest]) -> list[Written]:
+        """One response to each request, in order. Raises EnvironmentFault, which names the sample.
+
+        The environment is asked after each turn that ended by a stop token, but for the last of `max_turns`. An
+        observation that would leave no room for a token of the policy is not appended: that response ends with what
+        the policy wrote, cut (`length`).
+        """
+        self.start()
+        max_turns = 1 if self._spec is None else self._spec.max_turns
+        written: dict[int, Written] = {}
+        begun: list[Begun | None] = [None] * len(requests)
+        masks = [np.zeros(0, dtype=bool) for _ in requests]
+        said: list[list[str]] = [[] for _ in requests]  # the turns of each response
+        alive = list(range(len(requests)))
+        for turn in range(1, max_turns + 1):
+            going_on: list[int] = []
+            generations = self._engine.generate([requests[i] for i in alive], [begun[i] for i in alive])
+            for i, g in zip(alive, generations, strict=True):
+                start = len(masks[i])
+                masks[i] = np.append(masks[i], np.ones(len(g.response_ids) - start, dtype=bool))
+                observation, reason = None, g.finish_reason
+                if reason == "stop" and turn < max_turns:
+                    said[i].append(self._text_from(g.response_ids, start))
+                    observation, reason = self._observe(requests[i], said[i], len(g.response_ids))
+                if observation is None:
+                    written[i] = self._written(g, masks[i], reason)
+                    continue
+                none = np.zeros(len(observation), dtype=np.float32)
+                masks[i] = np.append(masks[i], none.astype(bool))
+                begun[i] = Begun(
+                    response_ids=np.append(g.response_ids, observation),
+                    logprobs=np.append(g.logprobs, none),
+                    kept=None if g.kept is None else g.kept.and_undrawn(len(observation)),
+                )
+                going_on.append(i)
+            if not (alive := going_on):
+                break
+        return [written[i] for i in range(len(requests))]
+
+    def _observe(
+        self, request: PromptRequest, turns: list[str], n_tokens: int
+    ) -> tuple[np.ndarray | None, FinishReason]:
+        """The ids to go on after ([t] int64), or None and why the response ends. Adds the observation to `turns`."""
+        text = self._environment.step(turns, request.columns, request.sample_uid)
+        if text is None:
+            return None, "stop"
+        ids = np.array(self._tokenizer.encode(text, add_special_tokens=False), dtype=np.int64)
+        if not len(ids):
+            raise EnvironmentFault(
+                f"rollout.environment = {self._spec.name}: sample {request.sample_uid}: gave {text!r:.80}, of which the"
+                " tokenizer makes no token"
+            )
+        if n_tokens + len(ids) >= self._spec.max_new_tokens:
+            return None, "length"
+        turns.append(text)
+        return ids, "stop"
+
+    def _text_from(self, ids: np.ndarray, start: int) -> str:
+        """What the tokens from `start` on add to the text of all."""
+        text, offsets = self._map_offsets(ids)
+        return text[int(offsets[start, 0]) :]
+
+    def _written(self, g: Generation, mask: np.ndarray, reason: FinishReason) -> Written:
+        return Written(
+            response_ids=g.response_ids,
+            logprobs=g.logprobs,
+            action_mask=mask,
+            token_offsets=self._map_offsets(g.response_ids)[1],
+            finish_reason=reason,
+            kept=g.kept,
+        )
