@@ -69,6 +69,10 @@ class RolloutWorker:
             )
         return trajectories, sum(len(t) for t in trajectories)
 
+    def rest(self) -> None:
+        """No chunk will come for a while: let others have what the engine can do without."""
+        self._engine.rest()
+
     def begin_update(self, manifest: WeightManifest) -> None:
         self._weights.begin(manifest)
 
@@ -78,6 +82,7 @@ class RolloutWorker:
     def commit_update(self, probe: Probe) -> WeightAck:
         """Put the staged weights to use and say what they compute."""
         digest = self._weights.commit()
+        self._engine.use_weights()
         logprobs = self._engine.logprobs(probe.prompt_ids, probe.response_ids)
         return WeightAck(
             worker=self.name, version=self._weights.version, digest=digest, probe_logprobs=logprobs, pid=os.getpid()

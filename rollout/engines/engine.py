@@ -1,4 +1,4 @@
-"""What a rollout worker needs of an engine. transformers_engine.py has the embedded one."""
+"""What a rollout worker needs of an engine. transformers_engine.py has the embedded one, vllm_engine.py vLLM."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -38,5 +38,14 @@ class Engine(Protocol):
         ...
 
     def live_tensors(self) -> dict[str, Tensor]:
-        """The very tensors that `generate` reads, parameters and buffers, by name; a weight sync writes into them."""
+        """Parameters and buffers by the names that the learner has for them; a weight sync writes into these very
+        tensors, and what is written counts from `use_weights` on."""
+        ...
+
+    def use_weights(self) -> None:
+        """Put to use what was written into `live_tensors`, and drop what was computed with the old weights."""
+        ...
+
+    def rest(self) -> None:
+        """No call is near: free what others may use meanwhile. Any call ends it."""
         ...
