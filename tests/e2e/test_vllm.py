@@ -1,5 +1,6 @@
 """The real vLLM, in the environment that launch/vllm_venv.sh makes, against a plain forward of transformers here."""
 
+import json
 import math
 import os
 import pickle
@@ -15,8 +16,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 import tiny_models
 from cards_run import CARDS, ROOT, Run
+from core.config import load
 from core.trajectory import PromptRequest, sample_uid
 from core.weights import make_manifest, named_tensors, pack
+from launch import interpreter
 
 # Making the environment takes minutes, once.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -36,6 +39,30 @@ def vllm_python() -> str:
     )
     assert made.returncode == 0, made.stderr
     return made.stdout.splitlines()[-1]
+
+
+def test_the_interpreter_has_what_a_worker_wants(vllm_python, tmp_path):
+    """And what is taken for certain about it before anything starts is so."""
+    folder = tiny_models.save_model(tmp_path / "m")
+    cfg = load(
+        None,
+        {
+            "model.path": str(folder),
+            "data.path": "d.jsonl",
+            "rewards.a.fn": "r.py:f",
+            "rollout.engine": "vllm",
+            "rollout.python": vllm_python,
+        },
+    )
+    interpreter.refuse(cfg, None)
+    code = (
+        "import rollout.worker, core.pretrained, rollout.engines.vllm_engine\n"
+        "from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend\n"
+        "print(CPUAttentionBackend.get_supported_head_sizes())"
+    )
+    said = subprocess.run([vllm_python, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert said.returncode == 0, said.stderr
+    assert json.loads(said.stdout.splitlines()[-1]) == list(interpreter.CPU_HEAD_SIZES)
 
 
 def model(name: str, seed: int) -> torch.nn.Module:
