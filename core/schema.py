@@ -484,6 +484,9 @@ class Config(Section):
         elif self.rollout.temperature < 0.01:
             remedy = "vLLM would take 0.01 in its place; give that or more, or leave rollout.engine out"
             refuse("rollout.temperature", self.rollout.temperature, remedy)
+        elif self.rollout.sleep and self.rollout.max_staleness:
+            remedy = "the workers write while the learner works; take one away, this or rollout.max_staleness"
+            refuse("rollout.sleep", "true", remedy)
         elif self.run.deterministic:
             refuse("run.deterministic", "true", "vLLM repeats no bits; take one away, this or rollout.engine vllm")
         if self.data.skip_solved is not None and n == 1:

@@ -194,6 +194,7 @@ def test_an_installed_tokenppo_does_not_bring_the_packages_beside_it(monkeypatch
         ({"rollout__engine": "transformers", "rollout__prefix_cache": False}, ["rollout.prefix_cache = false"]),
         ({"rollout__engine": "transformers", "rollout__tensor_parallel_size": 2}, ["tensor_parallel_size = 2"]),
         ({"rollout__temperature": 0.001}, ["rollout.temperature = 0.001", "0.01"]),
+        ({"rollout__sleep": True, "rollout__max_staleness": 1}, ["rollout.sleep = true", "rollout.max_staleness"]),
         ({"run__deterministic": True}, ["run.deterministic = true", "vLLM"]),
     ],
 )
