@@ -58,7 +58,6 @@ RUN: dict[str, str | Callable[[str], str]] = {
     r"(python benchmarks/reward\.py)": r"\1 --only codec --rounds 1 --tokens 4096",
     r"(python benchmarks/ppo_vs_trl\.py) .*": r"\1 --json out.json --quick --tiers a --passive",
     r"(python benchmarks/mistakes\.py)": r"\1 --rows 2",
-    r"(python benchmarks/engines\.py --engine transformers)": r"\1 --size 1m --responses 4 --tokens 8 --rounds 1",
     r"(python benchmarks/learner\.py) .*": (
         r"\1 --device cpu --dtype float32 --sizes tiny --batch 4 --prompt 8 --response 16 --tokens 64 --rounds 1"
     ),
