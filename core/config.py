@@ -20,7 +20,7 @@ from core.faults import UserError
 from core.reward_name import RewardName
 from core.schema import DATA_FILES, Config, RewardConfig, leaf_keys
 
-PATHS = ("model.path", "model.value_path", "data.path", "data.eval_path", "data.ptx_path", "run.dir")
+PATHS = ("model.path", "model.value_path", "data.path", "data.eval_path", "data.ptx_path", "rollout.python", "run.dir")
 FUNCTION = re.compile(r"rewards\.[^.]+\.fn|data\.augment|rollout\.environment")
 # Their keys are the user's own, dots and all.
 WHOLE = re.compile(r"rewards\.[^.]+\.options|data\.mixture|rollout\.environment_options")
@@ -45,7 +45,7 @@ def _anchor(key: str, value: Any, folder: Path) -> Any:
         return value
     candidate = Path(os.path.expanduser(value))
     resolved = candidate if candidate.is_absolute() else folder / candidate
-    looks_like_path = key == "run.dir" or value.startswith((".", "/", "~"))
+    looks_like_path = key in ("run.dir", "rollout.python") or value.startswith((".", "/", "~"))
     if looks_like_path or resolved.exists() or Path(value).suffix in DATA_FILES:
         return os.path.normpath(resolved.absolute())
     return value

@@ -1,9 +1,28 @@
-"""Loading a causal language model, in one way for the learner, its reference and the rollout engine."""
+"""Loading what save_pretrained wrote, in one way for the learner, its reference and the rollout engines."""
+
+from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from core.faults import UserError
+
+
+def from_pretrained(kind: Any, path: str, what: str, key: str = "model.path", **settings: Any) -> Any:
+    """`kind.from_pretrained` of a folder or hub id. Raises UserError, one line that calls it `what`."""
+    try:
+        return kind.from_pretrained(path, **settings)
+    except Exception as error:  # a damaged file raises whatever its parser has, and `tokenizers` a bare Exception
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"{key} = {path}: no {what} loads from it ({reason}); give a folder that save_pretrained wrote, or a"
+            " hub id (owner/name) that this machine can reach"
+        ) from None
+
+
+def load_tokenizer(path: str) -> Any:
+    """The tokenizer of a model. Raises UserError if there is none."""
+    return from_pretrained(AutoTokenizer, path, "tokenizer")
 
 
 def load_causal_lm(path: str, dtype: torch.dtype) -> PreTrainedModel:

@@ -155,6 +155,12 @@ class DataConfig(Section):
 
 
 class RolloutConfig(Section):
+    engine: Literal["transformers", "vllm"] = "transformers"
+    """Who writes: the embedded engine on transformers, whose ids are the same for any number of workers; or vLLM, for
+    big models (`docs/rollout.md`)."""
+    python: str | None = Field(None, min_length=1)
+    """The interpreter of the rollout workers, on every machine of theirs, where their engine wants other packages than
+    the learner; null is the learner's own. `bash launch/vllm_venv.sh` makes one with vLLM for a CPU."""
     workers: int = Field(2, ge=1, le=4096)
     """Rollout workers (Ray actors) in the whole cluster."""
     batch_size: int = Field(256, ge=1)
@@ -195,6 +201,16 @@ class RolloutConfig(Section):
     """Deadline of one chunk, of a worker's start, and of its replacement."""
     max_worker_losses: int = Field(8, ge=0)
     """Workers of one learner process that may die or hang during the run before it stops."""
+    tensor_parallel_size: int = Field(1, ge=1, le=64)
+    """Of vLLM: how many GPUs hold the model of one worker together and are reserved for it; on a CPU, processes."""
+    gpu_memory: float | None = Field(None, gt=0, le=1)
+    """Of vLLM: share of each of its GPUs for weights, keys and values; null is vLLM's default, which leaves a learner
+    on the same GPU no room. On a CPU VLLM_CPU_KVCACHE_SPACE in the environment says it, in GiB; 1 if unset."""
+    sleep: bool = False
+    """Of vLLM on a GPU: once all chunks of a step are written, free keys, values and weights (these go to the host)
+    until the next sync, for a learner on the same GPU."""
+    prefix_cache: bool = True
+    """Of vLLM: keep keys and values of prompts for other responses that begin alike; dropped at each weight sync."""
 
     @property
     def filters(self) -> dict[str, float]:
@@ -521,6 +537,25 @@ class Config(Section):
         if self.sync.transport != "object_store" and self.rollout.max_staleness:
             remedy = "the learner would wait for workers that still write (rollout.max_staleness); take object_store"
             refuse("sync.transport", self.sync.transport, remedy)
+        if self.rollout.engine == "transformers":
+            for leaf in ("tensor_parallel_size", "gpu_memory", "sleep", "prefix_cache"):
+                value = getattr(self.rollout, leaf)
+                if value != RolloutConfig.model_fields[leaf].default:
+                    remedy = "does nothing without vLLM: set rollout.engine to vllm, or leave it out"
+                    refuse(f"rollout.{leaf}", str(value).lower(), remedy)
+        elif self.rollout.temperature < 0.01:
+            remedy = "vLLM would take 0.01 in its place; give that or more, or leave rollout.engine out"
+            refuse("rollout.temperature", self.rollout.temperature, remedy)
+        elif self.rollout.sleep and self.rollout.max_staleness:
+            remedy = "the workers write while the learner works; take one away, this or rollout.max_staleness"
+            refuse("rollout.sleep", "true", remedy)
+        elif self.rollout.untold_filter:
+            refuse(*self.rollout.untold_filter)
+        elif self.rollout.stop_strings:
+            remedy = "the vLLM engine ends responses by ids alone; leave them out, or take the transformers engine"
+            refuse("rollout.stop_strings", self.rollout.stop_strings, remedy)
+        elif self.run.deterministic:
+            refuse("run.deterministic", "true", "vLLM repeats no bits; take one away, this or rollout.engine vllm")
         if self.data.skip_solved is not None and n == 1:
             remedy = "one sample has no variance; set rollout.n_samples_per_prompt to 2 or more, or leave it out"
             refuse("data.skip_solved", self.data.skip_solved, remedy)

@@ -8,14 +8,17 @@ from typing import Any
 import numpy as np
 
 from core.faults import UserError
+from core.pretrained import from_pretrained, load_tokenizer
 from core.reward_name import RewardName
 from core.schema import Config
-from launch import early, environment
+from launch import early, environment, interpreter
 from launch.cluster import thread_plan
 from reward_server.client import RewardClient
 from reward_server.reference import ReferenceSpec
+from rollout.engines.engine import Engine
 from rollout.engines.sampling import Filters
 from rollout.engines.transformers_engine import TransformersEngine, stop_ids
+from rollout.engines.vllm_engine import VLLMEngine
 from rollout.environment import EnvironmentSpec
 from rollout.group import RolloutGroup
 from rollout.prompts import (
@@ -30,29 +33,11 @@ from rollout.prompts import (
 from rollout.shares import Exchange, Rollouts, Shares
 
 
-def load_tokenizer(path: str) -> Any:
-    """The tokenizer of a model. Raises UserError if there is none."""
-    from transformers import AutoTokenizer
-
-    return _from_pretrained(AutoTokenizer, path, "tokenizer")
-
-
 def model_config(path: str) -> Any:
     """The configuration of a causal LM. Raises UserError if there is none."""
     from transformers import AutoConfig
 
-    return _from_pretrained(AutoConfig, path, "model configuration")
-
-
-def _from_pretrained(kind: Any, path: str, what: str, key: str = "model.path", **settings: Any) -> Any:
-    try:
-        return kind.from_pretrained(path, **settings)
-    except Exception as error:  # a damaged file raises whatever its parser has, and `tokenizers` a bare Exception
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(
-            f"{key} = {path}: no {what} loads from it ({reason}); give a folder that save_pretrained wrote, or a"
-            " hub id (owner/name) that this machine can reach"
-        ) from None
+    return from_pretrained(AutoConfig, path, "model configuration")
 
 
 def model_size(path: str) -> tuple[int, int, int]:
@@ -166,11 +151,11 @@ def critic(cfg: Config, device: Any) -> tuple[Any, Any] | None:
     path = cfg.model.value_path
     if path is None:
         return None
-    config = _from_pretrained(AutoConfig, path, "model configuration", "model.value_path")
+    config = from_pretrained(AutoConfig, path, "model configuration", "model.value_path")
     architecture = (config.architectures or [""])[0]
     if "ForSequenceClassification" not in architecture:
         return load_lm(path, torch.float32).base_model.to(device).eval(), None
-    model, found = _from_pretrained(
+    model, found = from_pretrained(
         AutoModelForSequenceClassification, path, "reward model", "model.value_path", output_loading_info=True
     )
     score = getattr(model, "score", None)
@@ -229,21 +214,53 @@ def environment_spec(cfg: Config) -> EnvironmentSpec | None:
     )
 
 
-def _group(cfg: Config, tokenizer: Any, device: str, note: Callable[[str], None], workers: list[int]) -> RolloutGroup:
-    stop = stop_ids(cfg.model.path, tokenizer.eos_token_id)
-    load_engine = functools.partial(
-        TransformersEngine.load,
+def engine_loader(cfg: Config, stop: tuple[int, ...], device: str) -> Callable[[], Engine]:
+    """What a worker calls, in its own process, to have its engine."""
+    rollout = cfg.rollout
+    settings: dict[str, Any] = {
+        "dtype": cfg.model.dtype,
+        "device": device,
+        "temperature": rollout.temperature,
+        "max_new_tokens": rollout.max_new_tokens,
+    }
+    if rollout.engine == "transformers":
+        return functools.partial(
+            TransformersEngine.load,
+            cfg.model.path,
+            stop,
+            slots=rollout.slots,
+            filters=Filters(**rollout.filters) if rollout.filters else None,
+            stop_strings=tuple(rollout.stop_strings),
+            load_tokenizer=functools.partial(load_tokenizer, cfg.model.path),
+            **settings,
+        )
+    room = response_room(cfg)
+    return functools.partial(
+        VLLMEngine.load,
         cfg.model.path,
         stop,
-        dtype=cfg.model.dtype,
-        device=device,
-        temperature=cfg.rollout.temperature,
-        max_new_tokens=cfg.rollout.max_new_tokens,
-        slots=cfg.rollout.slots,
-        filters=Filters(**cfg.rollout.filters) if cfg.rollout.filters else None,
-        stop_strings=tuple(cfg.rollout.stop_strings),
-        load_tokenizer=functools.partial(load_tokenizer, cfg.model.path),
+        max_prompt_tokens=min(cfg.data.max_prompt_tokens, *([] if room is None else [room])),
+        requests=rollout.slots,
+        tensor_parallel_size=rollout.tensor_parallel_size,
+        gpu_memory=rollout.gpu_memory,
+        sleep=rollout.sleep,
+        prefix_cache=rollout.prefix_cache,
+        **settings,
     )
+
+
+def worker_options(cfg: Config, device: str) -> dict[str, Any]:
+    """Ray's options for each rollout worker."""
+    options: dict[str, Any] = {"num_cpus": 0}  # of Ray's count: on a small host the last actor would wait for ever
+    if cfg.rollout.engine == "vllm" and device != "cpu":
+        options["num_gpus"] = cfg.rollout.tensor_parallel_size
+    if cfg.rollout.python is not None:
+        options["runtime_env"] = interpreter.environment(cfg.rollout.python)
+    return options
+
+
+def _group(cfg: Config, tokenizer: Any, device: str, note: Callable[[str], None], workers: list[int]) -> RolloutGroup:
+    load_engine = engine_loader(cfg, stop_ids(cfg.model.path, tokenizer.eos_token_id), device)
     _, threads = thread_plan(cfg)
 
     def make_args(name: str) -> tuple[tuple, dict]:
@@ -254,11 +271,11 @@ def _group(cfg: Config, tokenizer: Any, device: str, note: Callable[[str], None]
     return RolloutGroup(
         workers,
         make_args,
-        # No CPUs of Ray's count: on a small host the last actor would wait for ever.
-        actor_options={"num_cpus": 0},
+        actor_options=worker_options(cfg, device),
         timeout_s=cfg.rollout.timeout_s,
         max_losses=cfg.rollout.max_worker_losses,
         note=note,
+        rest=cfg.rollout.sleep,
     )
 
 

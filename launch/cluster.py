@@ -30,14 +30,28 @@ def cores() -> int:
 
 
 def device(cfg: Config) -> str:
-    """`cpu` or `cuda`. Raises UserError where cuda is asked for and there is none."""
+    """`cpu` or `cuda`. Raises UserError where cuda is asked for and there is none, or not enough of it."""
     import torch
 
     if cfg.resources.device == "cuda" and not torch.cuda.is_available():
         raise UserError("resources.device = cuda: torch sees no CUDA device; use cpu or auto")
     if cfg.resources.reward_gpus and cfg.resources.ray_address is None and not torch.cuda.is_available():
         raise UserError(f"resources.reward_gpus = {cfg.resources.reward_gpus:g}: torch sees no CUDA device; give 0")
-    return "cuda" if cfg.resources.device != "cpu" and torch.cuda.is_available() else "cpu"
+    if cfg.resources.device != "cpu" and torch.cuda.is_available():
+        wanted = cfg.rollout.workers * cfg.rollout.tensor_parallel_size
+        if cfg.rollout.engine == "vllm" and cfg.resources.ray_address is None and wanted > torch.cuda.device_count():
+            raise UserError(
+                f"rollout.workers = {cfg.rollout.workers}: with vLLM they take {wanted} GPUs,"
+                f" rollout.tensor_parallel_size each, and torch sees {torch.cuda.device_count()}; give fewer"
+            )
+        return "cuda"
+    for leaf in ("gpu_memory", "sleep"):
+        if value := getattr(cfg.rollout, leaf):
+            raise UserError(
+                f"rollout.{leaf} = {str(value).lower()}: does nothing on a CPU, where vLLM has no GPU to share or to"
+                " leave; leave it out"
+            )
+    return "cpu"
 
 
 def refuse_transport(cfg: Config, device: str, learners: int) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 from core.faults import UserError
 from core.reward_name import RewardName
 from core.schema import DATA_FILES, Config
-from launch import cluster, environment, room, run_folder
+from launch import cluster, environment, interpreter, room, run_folder
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -47,6 +47,7 @@ def refuse(cfg: Config) -> set[str] | None:
     room.refuse_too_little_shared_memory(cfg)
     folder = Path(cfg.model.path)
     config = refuse_model_folder(cfg) if folder.is_dir() else None
+    interpreter.refuse(cfg, config)
     if config is not None and (folder / WEIGHT_FILES[0]).is_file():
         # Eight bytes a parameter is more than any dtype takes: certainly no fewer parameters than this.
         room.refuse_too_little_disk(cfg, (folder / WEIGHT_FILES[0]).stat().st_size // 8)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from core.config import load
 from core.faults import UserError
-from launch import build, cluster, early, environment
+from launch import build, cluster, early, environment, interpreter
 from trainer.evaluate import summary_of
 from trainer.loop import evaluate
 from trainer.ranks import Ranks
@@ -25,6 +25,7 @@ def evaluate_run(run: Path, *, weights: str, data: str | None) -> dict[str, floa
         raise UserError("data.eval_path = null: this run has no held-out prompts; name some with --data")
     early.check_rewards(cfg)
     environment.check(cfg)
+    interpreter.refuse(cfg, None)
     cluster.prepare_environment()
     tokenizer = build.load_tokenizer(cfg.model.path)
     _, held_out = build.prompt_streams(cfg, tokenizer)

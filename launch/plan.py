@@ -37,6 +37,8 @@ def plan(cfg: Config, learners: int = 1) -> str:
     least, most = (f"{n:.1f}" for n in prompts.visits(cfg.run.steps * cfg.prompts_per_step))
     seen = f"each {least}" if least == most else f"each between {least} and {most}"
     store = f"{cfg.resources.object_store_mb} MiB" if cfg.resources.ray_address is None else cfg.resources.ray_address
+    vllm = cfg.rollout.engine == "vllm"
+    of_worker = n_parameters * width / GIB
     lines = [
         f"model      {cfg.model.path}: {n_parameters / 1e6:.2f} M parameters, {n_layers} layers, {cfg.model.dtype}",
         f"prompts    {len(prompts.rows)} rows of {cfg.data.label}; the run sees {seen} times",
@@ -48,7 +50,7 @@ def plan(cfg: Config, learners: int = 1) -> str:
         f"rewards    {rewards}; less {cfg.ppo.kl_coef:g} x KL",
         "           loaded and compared with the columns, not called: a wrong answer ends the run with exit 4",
         f"processes  {learners} learner{'s' * (learners > 1)} ({learner_threads} threads),"
-        f" {cfg.rollout.workers} rollout workers ({worker_threads} threads each),"
+        f" {cfg.rollout.workers} rollout workers ({'vLLM, ' * vllm}{worker_threads} threads each),"
         f" {servers} reward server{'s' * (servers > 1)}",
         f"one step   {cfg.prompts_per_step} prompts x {cfg.rollout.n_samples_per_prompt} samples = {batch} responses"
         f" in {-(-batch // cfg.rollout.chunk_size)} chunks of {cfg.rollout.chunk_size}, up to"
@@ -58,8 +60,9 @@ def plan(cfg: Config, learners: int = 1) -> str:
         f"run        {cfg.run.steps} steps, {cfg.optimizer_steps} optimizer steps,"
         f" lr {cfg.optim.lr:g} {cfg.optim.schedule}",
         f"memory     each learner about {learner / GIB:.2g} GiB for weights, gradients, AdamW and reference, and"
-        f" {logits / GIB:.2g} GiB for logits; each worker {n_parameters * width / GIB:.2g} GiB for weights",
-        f"shared     {store} for Ray's objects; a weight sync passes {n_parameters * width / GIB:.2g} GiB through it,"
+        f" {logits / GIB:.2g} GiB for logits; each worker {of_worker:.2g} GiB for weights"
+        + (", the same on the host, and keys and values" if vllm else ""),
+        f"shared     {store} for Ray's objects; a weight sync passes {of_worker:.2g} GiB through it,"
         " and what does not fit goes over the disk",
         f"files      {cfg.run.folder}/: config.yaml, metrics.jsonl, summary.json, checkpoints/, best/, final/"
         + (f"; {', '.join(cfg.log.trackers)}" if cfg.log.trackers else ""),

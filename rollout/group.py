@@ -67,16 +67,18 @@ class RolloutGroup:
         timeout_s: float,
         max_losses: int,
         note: Callable[[str], None],
+        rest: bool = False,
     ) -> None:
         """
         Args:
             workers: numbers of the workers in the whole job that this group has.
             make_args: name of a worker -> positional and keyword arguments of its `RolloutWorker`.
-            actor_options: Ray's options for each worker (num_cpus, num_gpus).
+            actor_options: Ray's options for each worker (num_cpus, num_gpus, runtime_env).
             note: told in one line of each worker that is lost.
+            rest: tell the workers when all chunks are written, so that they free their devices until the next call.
         """
         self._make_args, self._actor_options = make_args, actor_options
-        self._timeout_s, self._max_losses, self._note = timeout_s, max_losses, note
+        self._timeout_s, self._max_losses, self._note, self._rest = timeout_s, max_losses, note, rest
         self._latest: WeightUpdate | None = None
         self._staging: dict[str, Any] = {}  # name -> actor of the workers that get the version on its way early
         self._slots = [_Slot(i) for i in workers]
@@ -99,6 +101,8 @@ class RolloutGroup:
                 if todo and slot.ready and not slot.chunk:
                     self._assign(slot, *todo.popleft())
             yield from self._await_any([s for s in self._slots if s.receipt is not None], todo)
+        if self._rest:
+            self._let_rest()
 
     def open_update(self, manifest: WeightManifest) -> list[str]:
         """Tell every worker that serves which version comes; names of those that were told. Waits for nothing."""
@@ -160,6 +164,14 @@ class RolloutGroup:
                 ray.kill(slot.actor)
                 slot.actor = slot.receipt = None
 
+    def _let_rest(self) -> None:
+        """Until every worker that serves has freed its device: the learner wants it next."""
+        for slot in self._slots:
+            if slot.ready:
+                slot.receipt, slot.deadline = slot.actor.rest.remote(), time.monotonic() + self._timeout_s
+        while resting := [slot for slot in self._slots if slot.ready and slot.receipt is not None]:
+            self._await_any(resting)
+
     def _spawn(self, slot: _Slot) -> None:
         slot.incarnation += 1
         args, kwargs = self._make_args(slot.name)
@@ -199,7 +211,8 @@ class RolloutGroup:
                     retry = [replace(request, attempt=request.attempt + 1) for request in slot.chunk]
                     self.counters["prompts_redispatched"] += len(retry)
                     todo.appendleft((slot.number, retry))
-                self._lose(slot, "while it wrote" if slot.chunk else "while it started", error)
+                doing = "wrote" if slot.chunk else "freed its device" if slot.ready else "started"
+                self._lose(slot, f"while it {doing}", error)
                 continue
             except RayTaskError as error:
                 raise self._cause(error, slot) from None
@@ -207,7 +220,7 @@ class RolloutGroup:
             if slot.chunk:
                 finished.append((slot.number, slot.result))
                 slot.chunk, slot.result = [], None
-            else:
+            elif not slot.ready:
                 if isinstance(answer, WeightAck):
                     self._latest.verify(answer)
                 self._welcome(slot, answer.pid)

@@ -76,6 +76,10 @@ class RolloutWorker:
         ]
         return trajectories, sum(int(t.action_mask.sum()) for t in trajectories)
 
+    def rest(self) -> None:
+        """No chunk will come for a while: let others have what the engine can do without."""
+        self._engine.rest()
+
     def begin_update(self, manifest: WeightManifest) -> None:
         """See WeightReceiver.begin. Then the buckets, one way or another, then commit_update."""
         self._weights.begin(manifest)
@@ -123,6 +127,7 @@ class RolloutWorker:
     def commit_update(self, probe: Probe, digests: tuple[str, ...]) -> WeightAck:
         """Put the staged weights to use and say what they compute."""
         digest = self._weights.commit(digests)
+        self._engine.use_weights()
         logprobs = self._engine.logprobs(probe.prompt_ids, probe.response_ids)
         return WeightAck(
             worker=self.name, version=self._weights.version, digest=digest, probe_logprobs=logprobs, pid=os.getpid()

@@ -34,6 +34,7 @@ VENDORS = {
         "trainer/engine_weights.py",
         "launch/",
     ),
+    "vllm": ("rollout/engines/vllm_engine.py",),
     "wandb": ("trainer/run_log.py",),
 }
 SOURCES = sorted(path for package in MAY_IMPORT for path in (ROOT / package).rglob("*.py"))

@@ -1,4 +1,4 @@
-"""What a rollout worker needs of an engine. transformers_engine.py has the embedded one."""
+"""What a rollout worker needs of an engine. transformers_engine.py has the embedded one, vllm_engine.py vLLM."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -43,6 +43,15 @@ class Engine(Protocol):
         ...
 
     def live_tensors(self) -> dict[str, Tensor]:
-        """The very tensors that `generate` reads, parameters and buffers, by name. A weight sync writes into them on a
-        GPU; on a CPU it gives them other memory, read-only, so nothing may keep a view of the old or write into it."""
+        """Parameters and buffers by the names that the learner has for them: the very objects that the engine reads,
+        or that `use_weights` does. A weight sync writes into them on a GPU; on a CPU it gives them other memory,
+        read-only: nothing may keep a view of the old or write into it. What is written counts from `use_weights` on."""
+        ...
+
+    def use_weights(self) -> None:
+        """Put to use what was written into `live_tensors`, and drop what was computed with the old weights."""
+        ...
+
+    def rest(self) -> None:
+        """No call is near: free what others may use meanwhile. Any call ends it."""
         ...

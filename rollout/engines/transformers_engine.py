@@ -171,6 +171,12 @@ class TransformersEngine:
     def live_tensors(self) -> dict[str, Tensor]:
         return named_tensors(self.model)
 
+    def use_weights(self) -> None:
+        """Nothing: `generate` reads the very tensors that were written."""
+
+    def rest(self) -> None:
+        """Nothing: memory stays with its process."""
+
     @torch.inference_mode()
     def logprobs(self, prompt_ids: np.ndarray, response_ids: np.ndarray) -> np.ndarray:
         ids = torch.from_numpy(np.concatenate([prompt_ids, response_ids], axis=1)).to(self.device)

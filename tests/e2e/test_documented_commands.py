@@ -31,6 +31,10 @@ RAY_JOB = "tests/e2e/test_templates.py::test_a_ray_job_trains_on_a_cluster_that_
 HTTP = "tests/e2e/test_reward_http.py"
 ELSEWHERE = {
     r"bash launch/demo\.sh": "tests/e2e/test_learning.py::test_the_demo_learns_to_state_facts_and_to_stop",
+    r"bash launch/vllm_venv\.sh": "tests/e2e/test_vllm.py::test_the_interpreter_has_what_a_worker_wants",
+    r"tokenppo train .* --rollout\.engine vllm .*": (
+        "tests/e2e/test_vllm.py::test_a_run_on_cards_trains_with_vllm_and_passes_its_own_checks"
+    ),
     r"docker (build|run|cp) .*": "tests/e2e/test_docker_steps.py::test_the_cpu_image_can_be_made_and_is_well",
     r"tokenppo serve-reward .*": f"{HTTP}::test_cards_are_rewarded_and_trained_over_http_as_in_process",
     r".* sbatch .*slurm\.sh .*": "tests/e2e/test_templates.py::test_the_slurm_script_starts_the_trainer",

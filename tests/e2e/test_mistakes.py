@@ -205,6 +205,14 @@ MISTAKES: dict[str, tuple[list[str], dict[str, str], list[str]]] = {
     "too little shared memory": (["--resources.object_store_mb", "100000000"], {}, ["object_store_mb", "--shm-size"]),
     "too little disk": (["--run.keep_checkpoints", "10000000000"], {}, ["run.dir", "free", "run.keep_checkpoints"]),
     "no cuda": (["--resources.device", "cuda"], {}, ["resources.device", "cuda"]),
+    "vLLM that is not there": (["--rollout.engine", "vllm"], {}, ["rollout.engine = vllm", "launch/vllm_venv.sh"]),
+    "an interpreter that is not there": (["--rollout.python", "p"], {}, ["rollout.python", "no such interpreter"]),
+    "an interpreter without vLLM": (
+        ["--rollout.engine", "vllm", "--rollout.python", sys.executable],
+        {},
+        ["rollout.python", "has no vllm", "launch/vllm_venv.sh"],
+    ),
+    "sleep of the embedded engine": (["--rollout.sleep", "true"], {}, ["rollout.sleep = true", "rollout.engine"]),
     "no accelerate file": (["--accelerate", "zero9"], {}, ["--accelerate zero9", "zero2"]),
     "processes without a file": (["--num-processes", "2"], {}, ["--num-processes 2", "--accelerate"]),
 }

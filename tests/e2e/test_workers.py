@@ -191,3 +191,23 @@ def test_trajectories_are_whole(by_one):
         assert t.scored_at >= t.finished_at > 0
     assert len({tuple(t.response_ids.tolist()) for t in by_one}) > 40  # samples of one prompt differ
     assert ray.is_initialized()
+
+
+def test_workers_that_free_their_devices_after_a_call_write_the_next(cfg):
+    """Only vLLM has something to free, on a GPU; that all are asked, waited for and go on is the same everywhere."""
+    rollout = cfg.rollout.model_copy(update={"sleep": True, "workers": 2})
+    cfg = cfg.model_copy(update={"rollout": rollout})
+    tokenizer = build.load_tokenizer(cfg.model.path)
+    prompts, _ = build.prompt_streams(cfg, tokenizer)
+    group = build._group(cfg, tokenizer, "cpu", print, [0, 1])
+    try:
+        group.wait_ready()
+        for attempt in range(2):
+            chunks = [prompts.take(4, 2), prompts.take(4, 2)]
+            written = [ray.get(ref, timeout=60) for _, ref in group.generate(chunks)]
+            assert [len(trajectories) for trajectories in written] == [8, 8]
+            assert group.counters["worker_lost"] == attempt
+            if not attempt:  # it is found dead when it is given its next chunk
+                ray.kill(group._slots[0].actor)
+    finally:
+        group.close()
