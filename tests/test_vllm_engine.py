@@ -13,11 +13,12 @@ import tiny_models
 from core.config import load
 from core.faults import UserError
 from core.schema import Config
-from core.weights import Probe, make_manifest, named_tensors, pack
+from core.weights import Probe, named_tensors
 from launch import build, cluster, interpreter
 from rollout.engines.transformers_engine import TransformersEngine
 from rollout.engines.vllm_engine import VLLMEngine, engine_arguments, request_seed, sampling_arguments
 from rollout.worker import RolloutWorker
+from weight_delivery import packed
 
 PLAIN = {"dtype": "bfloat16", "device": "cpu", "max_tokens": 96, "requests": 64}
 
@@ -119,10 +120,11 @@ def test_a_worker_puts_weights_to_use_between_the_commit_and_the_probe():
     want = new.logprobs(probe.prompt_ids, probe.response_ids)
     assert np.abs(old.logprobs(probe.prompt_ids, probe.response_ids) - want).max() > 0.1
     worker = RolloutWorker("w", lambda: old, tiny_models.make_tokenizer, threads=1, deterministic=False)
-    manifest = make_manifest(1, named_tensors(models[1]), 10**9)
+    manifest, buckets, digests = packed(named_tensors(models[1]), 1)
     worker.begin_update(manifest)
-    worker.receive_bucket(0, pack(manifest.buckets[0], named_tensors(models[1])))
-    np.testing.assert_array_equal(worker.commit_update(probe).probe_logprobs, want)
+    for index, pieces in enumerate(buckets):
+        worker.receive_bucket(index, pieces)
+    np.testing.assert_array_equal(worker.commit_update(probe, digests).probe_logprobs, want)
 
 
 def test_a_response_that_is_whole_is_not_gone_on_with():

@@ -18,8 +18,9 @@ import tiny_models
 from cards_run import CARDS, ROOT, Run
 from core.config import load
 from core.trajectory import PromptRequest, sample_uid
-from core.weights import make_manifest, named_tensors, pack
+from core.weights import named_tensors
 from launch import interpreter
+from weight_delivery import packed
 
 # Making the environment takes minutes, once.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -113,8 +114,7 @@ def ask(
         '{"do_sample": true, "top_p": 0.1, "top_k": 2, "repetition_penalty": 3.0, "min_new_tokens": 9,'
         ' "temperature": 0.2, "eos_token_id": [9]}'
     )
-    tensors = named_tensors(new)
-    manifest = make_manifest(7, tensors, 20_000)
+    manifest, buckets, digests = packed(named_tensors(new), 7, 20_000)
     case = {
         "stop": STOP,
         "engine": {
@@ -130,7 +130,8 @@ def ask(
         "temperatures": temperatures,
         "probe": (np.arange(5, 15)[None], np.arange(20, 52)[None] % 50),
         "manifest": manifest,
-        "buckets": [pack(names, tensors) for names in manifest.buckets],
+        "buckets": buckets,
+        "digests": digests,
     }
     (folder / "case.pickle").write_bytes(pickle.dumps(case))
     done = subprocess.run(

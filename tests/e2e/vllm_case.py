@@ -14,24 +14,24 @@ sys.path[:0] = [str(ROOT)]
 
 import torch  # noqa: E402
 
-from core.faults import InvariantFault  # noqa: E402
+from core.faults import TransitFault  # noqa: E402
 from rollout.engines.engine import Begun, Generation  # noqa: E402
 from rollout.engines.vllm_engine import VLLMEngine  # noqa: E402
 from rollout.weight_receiver import WeightReceiver  # noqa: E402
 
 
-def receive(receiver: WeightReceiver, manifest: object, buckets: list) -> None:
-    receiver.begin(manifest)
-    for index, bucket in enumerate(buckets):
-        receiver.receive(index, bucket)
-    receiver.commit()
+def receive(receiver: WeightReceiver, case: dict, buckets: list) -> None:
+    receiver.begin(case["manifest"])
+    for index, pieces in enumerate(buckets):
+        receiver.receive(index, pieces)
+    receiver.commit(case["digests"])
 
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     case = pickle.loads((folder / "case.pickle").read_bytes())
     engine = VLLMEngine.load(str(folder / "old"), case["stop"], **case["engine"])
-    receiver = WeightReceiver(engine.live_tensors())
+    receiver = WeightReceiver(engine.live_tensors)
     answers: dict[str, object] = {"names": list(engine.live_tensors())}
 
     def written(begun: bool = False) -> dict[float, list[Generation]]:
@@ -57,15 +57,15 @@ def main(folder: Path) -> None:
         return by_temperature
 
     answers["before"], answers["probe before"] = written(), probe()
-    broken = [bucket.copy() for bucket in case["buckets"]]
-    broken[-1][0] ^= 1
+    broken = [[piece.copy() for piece in bucket] for bucket in case["buckets"]]
+    broken[-1][0][0] ^= 1
     try:
-        receive(receiver, case["manifest"], broken)
-    except InvariantFault as refusal:
+        receive(receiver, case, broken)
+    except TransitFault as refusal:
         answers["refusal"] = str(refusal)
     engine.use_weights()  # not even now
     answers["amid"] = written()
-    receive(receiver, case["manifest"], case["buckets"])
+    receive(receiver, case, case["buckets"])
     engine.use_weights()
     answers["after"], answers["probe after"] = written(), probe()
     answers["begun"] = written(begun=True)
