@@ -1,0 +1,163 @@
+"""Batches that are written ahead (`rollout.max_staleness`): what they cost in learning, and what they save in time.
+
+    python benchmarks/staleness.py --json docs/img/staleness.json             # both, about 20 minutes on two cores
+    python benchmarks/staleness.py --json out.json --only curves --seeds 3
+    python benchmarks/staleness.py --json out.json --only overlap
+
+Curves: cards over as many samples with 0 and 1, held-out reward at each evaluation; is the mean of the stale runs
+within the spread of the others? Overlap: a random model whose responses have geometric lengths (each token may be the
+last), with a reward that takes a known time; is a step as long as the longer of writing and of scoring and learning?
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+from train_command import CARDS, Finished, circumstances, table, train, train_unless_done
+
+EVAL_EVERY, WARM_UP = 2, 2
+LIMIT = 1.10  # of the longer of the two
+REWARD = """import time
+
+
+class Late:
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def __call__(self, completions, **_):
+        time.sleep(self.seconds)
+        return [-abs(len(text) - 60) / 60 for text in completions]
+"""
+
+
+def curve(run: Finished) -> dict[int, float]:
+    """Held-out reward by update."""
+    return {row["step"]: row["eval/reward/total"] for row in run.rows if "eval/reward/total" in row}
+
+
+def curves(folder: Path, seeds: int, steps: int) -> list[dict[str, Any]]:
+    rows = []
+    for seed in range(seeds):
+        for staleness in (0, 1) if seed % 2 == 0 else (1, 0):
+            settings = {"run.seed": seed, "run.steps": steps, "run.eval_every": EVAL_EVERY, "run.save_every": 1000}
+            settings |= {"rollout.max_staleness": staleness, "data.eval_prompts": 256}
+            run = train_unless_done(folder / f"cards-{staleness}-{seed}", CARDS, settings)
+            if run.exit_code:
+                raise SystemExit(f"a run failed:\n{run.last_words}")
+            rows.append({"max_staleness": staleness, "seed": seed, "curve": curve(run)})
+            print(f"cards, max_staleness {staleness}, seed {seed}: done", file=sys.stderr, flush=True)
+    return rows
+
+
+def judged(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """For each evaluation: the spread over seeds on-policy, the stale mean, and whether it lies within."""
+    judged = []
+    for step in sorted(rows[0]["curve"]):
+        fresh, stale = ([r["curve"][step] for r in rows if r["max_staleness"] == k] for k in (0, 1))
+        at = {"step": step, "low": min(fresh), "high": max(fresh), "fresh": mean(fresh), "stale": mean(stale)}
+        judged.append(at | {"stale_low": min(stale), "within": min(fresh) <= mean(stale)})  # better is no loss
+    return judged
+
+
+def overlap(folder: Path, latency_s: float, steps: int) -> list[dict[str, Any]]:
+    """Seconds of a step, of writing, and of scoring and learning, with 0 and 1."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+    import tiny_models
+
+    (folder / "late.py").write_text(REWARD)
+    model = tiny_models.save_model(folder / "model", "llama-tied")
+    generation = json.loads((model / "generation_config.json").read_text())
+    generation["eos_token_id"] = list(range(0, 320, 64))  # five of 320 ids: 64 tokens in the mean
+    (model / "generation_config.json").write_text(json.dumps(generation))
+    (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"the cat {i}"}) + "\n" for i in range(512)))
+    rows = []
+    for staleness in (0, 1):
+        settings = {
+            "model.path": model,
+            "model.dtype": "float32",
+            "data.path": folder / "prompts.jsonl",
+            "rewards.late.fn": f"{folder / 'late.py'}:Late",
+            "rewards.late.options": json.dumps({"seconds": latency_s / 4}),
+            "rollout.batch_size": 256,
+            "rollout.chunk_size": 64,
+            "rollout.max_new_tokens": 192,
+            "rollout.workers": 1,
+            "rollout.max_staleness": staleness,
+            "ppo.micro_batch_size": 64,
+            "run.steps": steps,
+            "run.save_every": 1000,
+        }
+        config = folder / "empty.yaml"
+        config.write_text("{}\n")
+        run = train(folder / f"overlap-{staleness}", config, settings)
+        if run.exit_code:
+            raise SystemExit(f"a run failed:\n{run.last_words}")
+        timed = run.rows[WARM_UP : len(run.rows) - 1]  # the last step has nothing written beside it
+        writing = [r["response/length_mean"] * 256 / r["perf/rollout_tokens_per_s"] for r in timed]
+        learning = [sum(r.get(f"time/{phase}", 0.0) for phase in ("annotate", "update", "sync")) for r in timed]
+        row = {"max_staleness": staleness, "step_s": median(r["time/total"] for r in timed)}
+        row |= {"writing_s": median(writing), "scoring_s": latency_s, "learning_s": median(learning)}
+        rows.append(row | {"longer_s": max(row["writing_s"], latency_s + row["learning_s"])})
+    return rows
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, required=True, help="where all numbers go")
+    parser.add_argument("--only", choices=("curves", "overlap"), help="one part")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=24, help="of each run on cards (default 24)")
+    parser.add_argument("--overlap-steps", type=int, default=10)
+    parser.add_argument(
+        "--latency", type=float, default=2.0, help="seconds that the rewards of a step take (default 2)"
+    )
+    parser.add_argument("--out", type=Path, help="folder for the run folders (default: a temporary one)")
+    args = parser.parse_args()
+    found: dict[str, Any] = {"circumstances": circumstances()}
+    print(f"{circumstances()}\n")
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = (args.out or Path(scratch)).absolute()
+        folder.mkdir(parents=True, exist_ok=True)
+        if args.only != "overlap":
+            found["curves"] = curves(folder, args.seeds, args.steps)
+            found["judged"] = judged(found["curves"])
+            heads = ["update", "on-policy, seeds", "mean", "stale by 1: mean", "worst seed", "within"]
+            lines = [
+                [
+                    str(at["step"]),
+                    f"{at['low']:.2f} to {at['high']:.2f}",
+                    f"{at['fresh']:.2f}",
+                    f"{at['stale']:.2f}",
+                    f"{at['stale_low']:.2f}",
+                    "yes" if at["within"] else "NO",
+                ]
+                for at in found["judged"]
+            ]
+            print(f"cards, held-out reward\n\n{table(heads, lines)}\n")
+        if args.only != "curves":
+            found["overlap"] = overlap(folder, args.latency, args.overlap_steps)
+            heads = ["max_staleness", "step, s", "writing", "scoring + learning", "step / the longer"]
+            lines = [
+                [
+                    str(row["max_staleness"]),
+                    f"{row['step_s']:.2f}",
+                    f"{row['writing_s']:.2f}",
+                    f"{row['scoring_s']:.2f} + {row['learning_s']:.2f}",
+                    f"{row['step_s'] / row['longer_s']:.2f}",
+                ]
+                for row in found["overlap"]
+            ]
+            print(f"rewards of a step take {args.latency:g} s, medians\n\n{table(heads, lines)}\n")
+            ratio = found["overlap"][1]["step_s"] / found["overlap"][1]["longer_s"]
+            missed = "" if ratio <= LIMIT else ", MISSED"
+            print(f"stale by 1, a step is {ratio:.2f} of the longer, goal {LIMIT:.2f}{missed}")
+    args.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
