@@ -14,15 +14,18 @@ core (xxh3, which every end does once). A transport that misses a goal is said s
 import argparse
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from train_command import CARDS, circumstances, table
+from train_command import CARDS, ROOT, circumstances, table
 
-from launch import cluster
+sys.path.insert(0, str(ROOT))  # before this folder, whose rollout.py is not our package
+
+from launch import cluster  # noqa: E402
 
 cluster.prepare_environment()
 
@@ -62,7 +65,7 @@ class Stub:
     ranks = Ranks()
 
     def __init__(self, elements: list[int]) -> None:
-        self.tensors = {f"t{i}": torch.empty(n) for i, n in enumerate(elements)}
+        self.tensors = {f"t{i}": torch.nn.Parameter(torch.empty(n), False) for i, n in enumerate(elements)}
 
     def live_tensors(self) -> dict[str, torch.Tensor]:
         return self.tensors
@@ -76,7 +79,10 @@ class Stub:
     def probe_logprobs(self, probe: Probe) -> np.ndarray:
         return self.logprobs(probe.prompt_ids, probe.response_ids)
 
-    def generate(self, requests: list[PromptRequest]) -> list[Generation]:
+    def use_weights(self) -> None:
+        """They are."""
+
+    def generate(self, requests: list[PromptRequest], begun: object = None) -> list[Generation]:
         one = Generation(
             response_ids=np.array([1]),
             logprobs=self.logprobs(PROBE.prompt_ids, PROBE.response_ids)[0],

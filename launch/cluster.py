@@ -56,6 +56,11 @@ def device(cfg: Config) -> str:
 
 def refuse_transport(cfg: Config, device: str, learners: int) -> None:
     """Raise UserError where weights cannot travel as `sync.transport` says."""
+    if cfg.sync.transport != "object_store" and cfg.rollout.engine == "vllm" and device != "cpu":
+        raise UserError(
+            f"sync.transport = {cfg.sync.transport}: weights of vLLM arrive in host memory (docs/rollout.md), which"
+            " neither NCCL nor CUDA IPC reaches; use object_store"
+        )
     if cfg.sync.transport == "cuda_ipc" and device == "cpu":
         raise UserError("sync.transport = cuda_ipc: there is no GPU to share here; use object_store or collective")
     if cfg.sync.transport == "cuda_ipc" and learners > 1:

@@ -249,7 +249,7 @@ def _train(
                 if ranks.is_main:
                     save_pretrained(learner.policy, whole, job.tokenizer, folder / "best", step=step)
 
-    def on_step(step: int, means: dict[str, float], uids: list[str]) -> bool:
+    def on_step(step: int, means: dict[str, float], uids: list[str], prompts_state: dict[str, Any]) -> bool:
         nonlocal proof
         summary["steps"] = step
         # Means over all ranks are the same on each; that the run ends is said by one all the same.
@@ -276,7 +276,7 @@ def _train(
                 "stopping": stopping.to_json(),
                 "end": {"stopped": reason, "limit": getattr(cfg.run, reason)} if reason is not None else None,
                 "trained": proof.to_json(),
-                "prompts": job.prompts.state,
+                "prompts": prompts_state,
                 "inputs": inputs,
                 "reference": reference.tolist(),
                 "eval": summary["eval"],

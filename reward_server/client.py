@@ -1,10 +1,10 @@
 """RewardClient: passes references of finished chunks on to the reward servers and fetches only what is scored.
 
 `submit` waits for nothing of its own (it consumes an iterator of the rollout group, which does); `collect` waits for
-scores, with a deadline per chunk. A server that died is started again and given the same references.
+scores, with a deadline per chunk: that of chunks which wait before it at the same server is theirs. A server that died
+is started again and given the same references. Where batches are written ahead, `submit` is called by another thread.
 """
 
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -61,6 +61,7 @@ class RewardClient:
         self.counters: Counter[str] = Counter()
         self._servers = [self._spawn() for _ in range(servers)]
         self._sent = 0
+        self._unanswered: list[PendingScores] = []  # in the order in which they were sent
 
     def _spawn(self) -> Any:
         return ray.remote(RewardServer).options(**self._actor).remote(*self._args, **self._kwargs)
@@ -88,7 +89,9 @@ class RewardClient:
     def _send(self, chunk: Any) -> PendingScores:
         server = self._servers[self._sent % len(self._servers)]
         self._sent += 1
-        return PendingScores(chunk, server, server.score.remote(chunk))
+        scores = PendingScores(chunk, server, server.score.remote(chunk))
+        self._unanswered.append(scores)
+        return scores
 
     def collect(self, pending: list[PendingScores]) -> list[Trajectory]:
         """The scored trajectories, sorted by (ordinal, k), each once.
@@ -118,18 +121,19 @@ class RewardClient:
             ray.kill(server)
 
     def _fetch(self, scores: PendingScores, scored: dict[str, Trajectory]) -> list[ScoreFailure]:
-        deadline = time.monotonic() + self._timeout_s
         while True:
             try:
-                trajectories, failures = ray.get(scores.answer, timeout=max(0.0, deadline - time.monotonic()))
+                self._wait_for_those_before(scores)
+                trajectories, failures = ray.get(scores.answer, timeout=self._timeout_s)
                 break
             except RayTaskError as error:
                 raise self._cause(error) from None
             except (RayActorError, GetTimeoutError) as error:
                 if scores.server in self._servers:  # else it was replaced already, for another chunk
                     self._replace(scores.server, error)
+                self._unanswered.remove(scores)
                 scores = self._send(scores.chunk)
-                deadline = time.monotonic() + self._timeout_s
+        self._unanswered.remove(scores)
         for trajectory in trajectories:
             uid = trajectory.request.sample_uid
             if uid in scored:
@@ -137,6 +141,17 @@ class RewardClient:
             else:
                 scored[uid] = trajectory
         return failures
+
+    def _wait_for_those_before(self, scores: PendingScores) -> None:
+        """Chunks of a batch that is written ahead may stand before this one at its server; each has a deadline of its
+        own. Raises GetTimeoutError. What they answered is read by whoever collects them."""
+        for other in list(self._unanswered):
+            if other is scores:
+                return
+            if other.server is scores.server:
+                ready, _ = ray.wait([other.answer], timeout=self._timeout_s, fetch_local=False)
+                if not ready:
+                    raise GetTimeoutError("a chunk before this one was not scored within its deadline")
 
     def _replace(self, server: Any, error: Exception) -> None:
         hung = isinstance(error, GetTimeoutError)

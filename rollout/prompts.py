@@ -342,7 +342,8 @@ class PromptStream:
         for ordinal, total in totals:
             samples.setdefault(ordinal, []).append(total)
         flat = {o: _is_flat(samples[o]) for o in sorted(samples) if len(samples[o]) > 1}
-        means = {"data/epochs": self.position / len(self.rows)}
+        trained = max(samples) + 1 if samples else self.position  # what is written ahead is not trained on yet
+        means = {"data/epochs": trained / len(self.rows)}
         if self.order.measures and samples:
             mean = {ordinal: math.fsum(of) / len(of) for ordinal, of in sorted(samples.items())}
             usual = math.fsum(mean.values()) / len(mean)  # of this policy; early steps would seem hard without it

@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -113,7 +113,12 @@ class Rollouts:
         those asked for before may still be written, those asked for from now on come of it, or raise what it raised."""
         if self._group is None:
             return 0
-        done = self._in_order.run(lambda: self._group.update_weights(update, timeout_s))
+
+        def commit() -> int:
+            with self._told_to_guests():
+                return self._group.update_weights(update, timeout_s)
+
+        done = self._in_order.run(commit)
         return None if self._ahead else done.result()
 
     def close(self) -> None:
@@ -149,15 +154,22 @@ class Rollouts:
         queues = {rank: shares.chunks(requests, rank) for rank in (shares.rank, *shares.guests)}
         longest = max(len(queue) for queue in queues.values())
         todo = [(rank, queue[i]) for i in range(longest) for rank, queue in queues.items() if i < len(queue)]
-        try:
+        with self._told_to_guests():
             for number, chunk in self._group.generate([chunk for _, chunk in todo]):
                 rank = todo[number][0]
                 if rank == shares.rank:
                     yield chunk
                 else:
                     self._exchange.post(("chunks", rank), [chunk])
-        except (Exception, GeneratorExit):  # a failure here, or of whoever takes the chunks; it goes on as it is
-            for guest in shares.guests:  # nothing more will come: they need not wait for their deadline
+
+    @contextmanager
+    def _told_to_guests(self) -> Iterator[None]:
+        """A block whose failure, or that of whoever takes its chunks, guests hear of: nothing more will come, and they
+        need not wait for their deadline."""
+        try:
+            yield
+        except (Exception, GeneratorExit):
+            for guest in self._shares.guests:
                 with suppress(ProcessFault):  # a broken exchange comes of the failure and must not hide it
                     self._exchange.post(("chunks", guest), [])
             raise

@@ -27,15 +27,21 @@ class StopStrings:
         self._strings, self._needles = list(strings), [s.encode() for s in strings]
         self._longest = max(map(len, self._needles))
 
-    def completed_by_last(self, ids: np.ndarray) -> bool:
-        """Whether the last of `ids` ([T] int64, at least one: all of a response so far) completes a string."""
-        tail = self._mapper.bytes_of(int(ids[-1]))
-        if tail is None:
-            text = self._mapper.text(ids.tolist())
-            return any(s in text for s in self._strings)
-        wanted = self._longest - 1 + len(tail) if tail else 0
-        for token_id in ids[-2::-1].tolist():
-            if len(tail) >= wanted:
+    def completed_by_last(self, ids: np.ndarray, begun: int = 0) -> bool:
+        """Whether the last of `ids` ([T] int64: all of a response so far) completes a string.
+
+        A string that ended before it does not count, nor does one that begins in the first `begun` tokens: what an
+        earlier turn ended with, or an environment wrote, ends nothing again.
+        """
+        own = ids[begun:]
+        last = self._mapper.bytes_of(int(own[-1]))
+        if last is None:
+            before, text = (self._mapper.text(x.tolist()) for x in (own[:-1], own))
+            return any(s in text and s not in before for s in self._strings)
+        tail = last
+        for token_id in own[-2::-1].tolist() if last else ():
+            if len(tail) >= self._longest - 1 + len(last):
                 break
             tail = self._mapper.bytes_of(token_id) + tail
-        return any(needle in tail for needle in self._needles)
+        # It ends in the last token: not before, in the bytes that came with a whole token in front.
+        return any(tail.find(x, max(0, len(tail) - len(last) - len(x) + 1)) >= 0 for x in self._needles if last)

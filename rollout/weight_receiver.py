@@ -91,6 +91,7 @@ class WeightReceiver:
                     f" {self._digests[index][:12]}, sent {sent[:12]}"
                 )
         arrived = {spec.name: self._staged[spec.alias_of or spec.name] for spec in manifest.specs}
+        self._live = self._ask()  # a model may have made new buffers since
         for name, tensor in self._to_write(arrived):
             self._put(self._live[name], tensor)
         self._refuse_unused(manifest, arrived)
@@ -107,7 +108,8 @@ class WeightReceiver:
     @torch.no_grad()
     def _put(live: Tensor, tensor: Tensor) -> None:
         if live.device.type == "cpu":  # never written in place: it may be shared memory, which cannot be
-            live.data = tensor.to(live.dtype)
+            # Buffers are copied: some models write into them (rotary frequencies that follow the length).
+            live.data = tensor.to(live.dtype, copy=not isinstance(live, torch.nn.Parameter))
         else:
             live.copy_(tensor)
 

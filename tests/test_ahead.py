@@ -1,6 +1,7 @@
 """Which batch is asked for when, which policy writes it, and that asked-for calls happen in order."""
 
 import threading
+from collections import Counter
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
@@ -8,7 +9,9 @@ import pytest
 
 import tiny_models
 from core.config import load
+from core.faults import InvariantFault
 from rollout.in_order import InOrder
+from rollout.shares import Rollouts, Shares
 from trainer.ahead import Ahead, asked_at
 
 
@@ -37,6 +40,10 @@ class _Recorder:
         self.taken += 1
         return [self.taken]
 
+    @property
+    def state(self) -> dict[str, int]:
+        return {"position": self.taken * 8, "left_out": 3}
+
     def start(self, requests: list, submit: object) -> Future:
         self.events.append(("asked", requests[0]))
         future: Future = Future()
@@ -51,7 +58,15 @@ def configured(**more: object) -> object:
 @pytest.mark.parametrize("first", [1, 5])
 def test_batches_come_in_order_and_no_more_than_are_trained_on(first):
     """From the start, and from the checkpoint after step 4: the weights that write are as old as configured at most."""
-    cfg = configured(**{"rollout.max_staleness": 2, "run.steps": 8, "run.save_every": 4})
+    cfg = configured(
+        **{
+            "rollout.max_staleness": 2,
+            "rollout.batch_size": 8,
+            "ppo.mini_batch_size": 8,
+            "run.steps": 8,
+            "run.save_every": 4,
+        }
+    )
     recorder = _Recorder(taken=first - 1)
     ahead = Ahead(cfg, recorder, recorder, None)
     for step in range(first, 9):
@@ -59,6 +74,8 @@ def test_batches_come_in_order_and_no_more_than_are_trained_on(first):
         assert written.requests == [step] and written.seconds == 1.5
         assert written.version == asked_at(step, 2, 4) - 1 and 0 <= step - 1 - written.version <= 2
         recorder.events.append(("learnt", step))
+        # Ended here, whoever goes on asks for the batch behind this one, whatever is being written.
+        assert ahead.prompts_state == {"position": step * cfg.prompts_per_step, "left_out": 3}
     want = ["asked 1", "asked 2", "asked 3", "learnt 1", "asked 4", "learnt 2", "learnt 3", "learnt 4"]
     want += ["asked 5", "asked 6", "asked 7", "learnt 5", "asked 8", "learnt 6", "learnt 7", "learnt 8"]
     assert [f"{what} {step}" for what, step in recorder.events] == want[0 if first == 1 else 8 :]
@@ -96,3 +113,35 @@ def test_without_a_thread_a_call_is_done_at_once_and_raises_where_it_is_asked_fo
     with pytest.raises(ZeroDivisionError):
         calls.run(lambda: 1 / 0)
     assert calls.run(lambda: 2).result(0) == 2
+
+
+class _Exchange:
+    def __init__(self) -> None:
+        self.posted: list[tuple] = []
+
+    def post(self, box: tuple[str, int], item: list) -> None:
+        self.posted.append((box, item))
+
+
+class _Broken:
+    """A group whose workers cannot be given weights."""
+
+    counters: Counter = Counter()
+
+    def update_weights(self, update: object, timeout_s: float) -> int:
+        raise InvariantFault("other bytes")
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_guests_hear_of_weights_that_did_not_arrive(ahead):
+    """They wait for chunks that nobody will write: behind a failed call none is done."""
+    exchange = _Exchange()
+    rollouts = Rollouts(Shares(rank=0, n_ranks=3, n_workers=2), _Broken(), exchange, ahead=ahead)
+    if ahead:
+        assert rollouts.update_weights(None, 1.0) is None
+        with pytest.raises(InvariantFault, match="other bytes"):
+            rollouts.start([], list).result(10)
+    else:
+        with pytest.raises(InvariantFault, match="other bytes"):
+            rollouts.update_weights(None, 1.0)
+    assert exchange.posted == [(("chunks", 2), [])]

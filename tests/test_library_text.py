@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from reward_server.library.cost import lateness, token_cost
 from reward_server.library.text import (
     first_invalid,
     format_rules,
@@ -235,3 +236,28 @@ def test_a_completion_is_scored_by_itself():
         lambda t: python_syntax(t, reasons[: len(t)], fenced=False),
     ):
         assert score(texts) == [score([text])[0] for text in texts] == score(texts[::-1])[::-1]
+
+
+# --------------------------------------------------------------------------------- responses of several turns
+
+MASK = [True, True, False, False, False, True, True]  # the policy, an environment, the policy
+IDS = [list(range(7))]
+
+
+def test_what_an_environment_wrote_is_not_counted():
+    assert length(IDS, [MASK], least=6, fine=1.0) == [[0.0] * 6 + [-2.0]]  # four of seven are the policy's
+    assert length(IDS, [MASK], most=3, fine=1.0) == [[0.0] * 6 + [-1.0]]
+    assert length(IDS, most=3, fine=1.0) == [[0.0] * 3 + [-1.0] * 4]
+    assert token_cost(IDS, [MASK], cost=1.0, free=2) == [[0, 0, 0, 0, 0, -1.0, -1.0]]
+    offsets = [[(t, t + 1) for t in range(7)]]
+    assert lateness(["abcdefg"], offsets, [MASK], deadline=2, cost=1.0) == [[0, 0, 0, 0, 0, -1.0, -2.0]]
+    assert lateness(["abcdefg"], offsets, [MASK], done="b", deadline=1, cost=1.0) == [[0, 0, 0, 0, 0, 0, -1.0]]
+
+
+def test_what_is_missing_is_fined_on_the_policys_last_character():
+    """Its last turn may show no text: `<eos>` alone, behind what an environment wrote."""
+    text, offsets = "[1 tool", [[(0, 1), (1, 2), (2, 7), (7, 7)]]
+    masks = [[True, True, False, True]]
+    assert format_rules([text], offsets, masks, must=["]"]) == [[Span(1, 2, -1.0)]]
+    assert json_validity(["[1 "], ["stop"], [[(0, 1), (1, 2), (2, 3), (3, 3)]], masks) == [[Span(1, 2, -1.0)]]
+    assert format_rules([text], must=["]"]) == [[Span(6, 7, -1.0)]]

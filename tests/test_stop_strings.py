@@ -142,3 +142,33 @@ def test_a_worker_loads_the_tokenizer_only_where_there_are_strings(tmp_path):
 def test_strings_that_cannot_be_met_are_refused(strings):
     with pytest.raises(UserError, match="rollout.stop_strings = .*each is at least a character"):
         load(None, {**tiny_models.LEARNER_SETTINGS, "rollout.stop_strings": strings}, folder=Path("/nowhere"))
+
+
+@pytest.mark.parametrize("kind", ["byte level", "metaspace"])
+def test_what_ended_an_earlier_turn_or_came_from_an_environment_ends_nothing_again(kind):
+    """The last token must complete it, with tokens of its own turn."""
+    if kind == "byte level":
+        tokenizer, stop, answer, more = (
+            TOKENIZER,
+            TOKENIZER.encode("</c>"),
+            TOKENIZER.encode(" 19"),
+            TOKENIZER.encode("a"),
+        )
+        string = "</c>"
+    else:
+        tokenizer = sentence_piece(decoders.Metaspace("\u2581", "always"))
+        (stop, answer, more), string = (ids_of(tokenizer, w) for w in ("<tool>", "b", "\u2581a")), "<tool>"
+        string = tokenizer.decode(stop)
+    stops = StopStrings([string], tokenizer)
+    turn = np.array([*stop, *answer])
+    assert stops.completed_by_last(np.array(stop))
+    for n in range(1, 4):
+        later = np.concatenate([turn, np.array(more * n)])
+        assert not stops.completed_by_last(later, begun=len(turn)) and not stops.completed_by_last(later)
+    again = np.concatenate([turn, np.array([*more, *stop])])
+    assert stops.completed_by_last(again, begun=len(turn))
+    # An observation that ends as the string does completes nothing for the token behind it.
+    assert not stops.completed_by_last(np.array([*answer, *stop, *more]), begun=len(answer) + len(stop))
+    half = np.array(stop)
+    if len(half) > 1:
+        assert not stops.completed_by_last(half, begun=len(half) - 1)  # begun by the environment

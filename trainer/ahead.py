@@ -23,6 +23,9 @@ from core.trajectory import PromptRequest
 
 
 class Prompts(Protocol):
+    @property
+    def state(self) -> dict[str, Any]: ...
+
     def take(self, n_prompts: int, n_samples_per_prompt: int = 1) -> list[PromptRequest]: ...
 
 
@@ -52,6 +55,12 @@ class Ahead:
         self._cfg, self._prompts, self._rollouts, self._submit = cfg, prompts, rollouts, submit
         self._asked: deque[tuple[list[PromptRequest], Future, int]] = deque()
         self._next: int | None = None  # step of the next batch that is to be asked for
+
+    @property
+    def prompts_state(self) -> dict[str, Any]:
+        """Of the prompts, for a checkpoint: what was asked for ahead when a run ends early is asked for again."""
+        state = self._prompts.state
+        return state | {"position": state["position"] - len(self._asked) * self._cfg.prompts_per_step}
 
     def take(self, step: int) -> Written:
         """Ask for what may be asked for at the beginning of `step`, and wait for the last response of its own batch.

@@ -266,8 +266,8 @@ class Learner:
         mini-batch are not 1, where they are against the policy before the step.
         """
         cfg, sums, norms = self.cfg.ppo, Sums(), []
-        age = self.ranks.max(_largest(self.step - batch.policy_version[batch.response_mask])) if self._max_age else 0
-        starts_at_1 = age == 0 or cfg.importance_cap is not None
+        # Against the engine's log-probs a ratio is off 1 by what `annotate` has held to limits of its own.
+        starts_at_1 = not self._max_age or cfg.importance_cap is not None
         self._optimizer_steps = self._schedule_at(self.step)
         for epoch in range(cfg.ppo_epochs):
             of_epoch: list[dict[str, Tensor]] = []

@@ -33,6 +33,11 @@ from trainer.run_log import RunLog
 
 
 class Prompts(Protocol):
+    @property
+    def state(self) -> dict[str, Any]:
+        """Plain values for a checkpoint, `position` among them: prompts taken so far."""
+        ...
+
     def take(self, n_prompts: int, n_samples_per_prompt: int = 1) -> list[PromptRequest]: ...
 
     def first(self, n_prompts: int) -> list[PromptRequest]: ...
@@ -107,13 +112,14 @@ def train(
     log: RunLog,
     state: TrainState,
     on_eval: Callable[[int, dict[str, float]], None],
-    on_step: Callable[[int, dict[str, float], list[str]], bool],
+    on_step: Callable[[int, dict[str, float], list[str], dict[str, Any]], bool],
 ) -> None:
     """Train from where `learner`, `prompts` and `state` stand up to `run.steps` updates, or until `on_step` ends it.
 
     `on_eval(step, means)` is told of each evaluation, of the first policy as step 0; it keeps the best weights.
-    `on_step(step, means, uids)` comes at the end of each step, when all that the next one depends on is in place, with
-    the uids of the samples that this rank trained on. It says whether to go on, the same on every rank.
+    `on_step(step, means, uids, prompts_state)` comes at the end of each step, when all that the next one depends on is
+    in place, with the uids of the samples that this rank trained on, and where the prompts stand. It says whether to go
+    on, the same on every rank.
     """
     ranks, ahead = learner.ranks, Ahead(cfg, prompts, rollouts, rewards.submit)
     publisher.publish(learner.step)
@@ -179,7 +185,7 @@ def train(
         means |= faults(rollouts, rewards, ranks, state.faults)
         means["perf/rollout_tokens_per_s"] = tokens / written.seconds
         log.step(step, means, samples=samples, learner_tokens=tokens * means["ppo/epochs"])
-        if not on_step(step, means, [t.request.sample_uid for t in trajectories]):
+        if not on_step(step, means, [t.request.sample_uid for t in trajectories], ahead.prompts_state):
             return
 
 
@@ -289,7 +295,9 @@ def totals(batch: TrainBatch, ranks: Ranks) -> list[tuple[int, float]]:
 def faults(rollouts: Rollouts, rewards: Rewards, ranks: Ranks, before: Counter[str]) -> dict[str, float]:
     """Counters of all ranks, added to those of earlier launches of the run, as metrics."""
     total = Counter(before)
-    for counters in ranks.gather(rollouts.counters + rewards.counters):
+    # Copied at once: where batches are written ahead, another thread counts too.
+    mine = Counter(dict(rollouts.counters)) + Counter(dict(rewards.counters))
+    for counters in ranks.gather(mine):
         total.update(counters)
     return {f"faults/{name}": count for name, count in total.items()}
 

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 
 from reward_server.placing import Span
-from reward_server.texts import Messages, text_of
+from reward_server.texts import Messages, numbered, text_of
 
 Texts = list[str | Messages]
 
@@ -32,26 +32,39 @@ def repetition(completions: Texts, *, n: int = 4, fine: float = 1.0) -> list[lis
 
 
 def length(
-    completion_ids: list[list[int]], *, least: int = 0, most: int | None = None, fine: float = 0.01
+    completion_ids: list[list[int]],
+    action_masks: list[list[bool]] | None = None,
+    *,
+    least: int = 0,
+    most: int | None = None,
+    fine: float = 0.01,
 ) -> list[list[float]]:
-    """-`fine` on each token beyond `most`; on the last token -`fine` for each that is missing to `least`."""
+    """-`fine` on each token beyond `most`; on the last token -`fine` for each that is missing to `least`. What an
+    environment wrote is not counted."""
     if most is not None and most < least:
         raise ValueError(f"most = {most}: is less than least = {least}")
     answers = []
-    for ids in completion_ids:
-        rewards = [-fine if most is not None and t >= most else 0.0 for t in range(len(ids))]
-        rewards[-1] -= fine * max(0, least - len(ids))
+    for numbers in numbered(completion_ids, action_masks):
+        rewards = [-fine if most is not None and number > most else 0.0 for number in numbers]
+        rewards[-1] -= fine * max(0, least - max(numbers))
         answers.append(rewards)
     return answers
 
 
 def format_rules(
-    completions: Texts, *, must: Sequence[str] = (), must_not: Sequence[str] = (), fine: float = 1.0
+    completions: Texts,
+    offsets: list | None = None,
+    action_masks: list[list[bool]] | None = None,
+    *,
+    must: Sequence[str] = (),
+    must_not: Sequence[str] = (),
+    fine: float = 1.0,
 ) -> list[list[Span] | float]:
-    """-`fine` on each match of a pattern in `must_not`, on the last character for each in `must` without a match."""
+    """-`fine` on each match of a pattern in `must_not`, on the last character for each in `must` without a match: of
+    what the policy wrote, where an environment wrote too."""
     wanted, forbidden = [re.compile(p) for p in must], [re.compile(p) for p in must_not]
     answers: list[list[Span] | float] = []
-    for text in map(text_of, completions):
+    for text, end in zip(map(text_of, completions), _own_ends(completions, offsets, action_masks), strict=True):
         missing = sum(pattern.search(text) is None for pattern in wanted)
         spans = [
             Span(m.start(), m.end(), -fine)
@@ -62,8 +75,19 @@ def format_rules(
         if not text:
             answers.append(-fine * missing)
             continue
-        answers.append([*spans, *([Span(len(text) - 1, len(text), -fine * missing)] if missing else [])])
+        answers.append([*spans, *([Span(end - 1, end, -fine * missing)] if missing else [])])
     return answers
+
+
+def _own_ends(completions: Texts, offsets: list | None, action_masks: list[list[bool]] | None) -> list[int]:
+    """Where in each text the last character is that the policy wrote; its end where it is not known whose it is."""
+    ends = [len(text_of(text)) for text in completions]
+    if offsets is None or action_masks is None:
+        return ends
+    for i, (places, mask) in enumerate(zip(offsets, action_masks, strict=True)):
+        shown = [int(b) for (a, b), own in zip(places, mask, strict=True) if own and b > a]
+        ends[i] = shown[-1] if shown else ends[i]
+    return ends
 
 
 def lexicon(completions: Texts, *, scores: dict[str, float], ignore_case: bool = True) -> list[list[Span]]:
@@ -83,18 +107,26 @@ def lexicon(completions: Texts, *, scores: dict[str, float], ignore_case: bool =
 # ---------------------------------------------------------------------------------------------------------------- JSON
 
 
-def json_validity(completions: Texts, finish_reasons: list[str], *, fine: float = 1.0) -> list[list[Span] | float]:
-    """-`fine` on the first character with which the text can no longer become JSON (RFC 8259), or on the last one where
-    it ended by itself and is none yet. A response that was cut is only judged by what is there."""
+def json_validity(
+    completions: Texts,
+    finish_reasons: list[str],
+    offsets: list | None = None,
+    action_masks: list[list[bool]] | None = None,
+    *,
+    fine: float = 1.0,
+) -> list[list[Span] | float]:
+    """-`fine` on the first character with which the text can no longer become JSON (RFC 8259), or on the policy's last
+    one where it ended by itself and is none yet. A response that was cut is only judged by what is there."""
     answers: list[list[Span] | float] = []
-    for text, reason in zip(map(text_of, completions), finish_reasons, strict=True):
+    ends = _own_ends(completions, offsets, action_masks)
+    for text, reason, end in zip(map(text_of, completions), finish_reasons, ends, strict=True):
         wrong, whole = first_invalid(text)
         if wrong is not None:
             answers.append([Span(wrong, wrong + 1, -fine)])
         elif whole or reason == "length":
             answers.append([])
         else:
-            answers.append([Span(len(text) - 1, len(text), -fine)] if text else -fine)
+            answers.append([Span(end - 1, end, -fine)] if text else -fine)
     return answers
 
 

@@ -246,7 +246,8 @@ class TransformersEngine:
         last = torch.isin(token, self._stop)
         if self._stop_strings is not None:
             ids = out.ids[request].cpu().numpy()
-            ends = [self._stop_strings.completed_by_last(x[:n]) for x, n in zip(ids, written.tolist(), strict=True)]
+            counts = zip(ids, written.tolist(), out.begun[request].tolist(), strict=True)
+            ends = [self._stop_strings.completed_by_last(x[:n], begun) for x, n, begun in counts]
             last |= torch.tensor(ends, device=self.device)
         return last
 

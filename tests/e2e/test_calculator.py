@@ -68,7 +68,7 @@ def written(cfg: Config, **rollout: object) -> list[Trajectory]:
     try:
         rewards.wait_ready()
         group.wait_ready()
-        return rewards.collect(rewards.submit(group.generate(prompts.take(64))))
+        return rewards.collect(group.start(prompts.take(64), rewards.submit).result()[0])
     finally:
         group.close()
         rewards.close()

@@ -42,8 +42,11 @@ class Engine:
     def __init__(self) -> None:
         self.tensors = tensors(0.0)
 
-    def generate(self, requests: list[PromptRequest]) -> list[Generation]:
+    def generate(self, requests: list[PromptRequest], begun: object = None) -> list[Generation]:
         raise NotImplementedError
+
+    def use_weights(self) -> None:
+        """They are."""
 
     def live_tensors(self) -> dict[str, torch.Tensor]:
         return self.tensors
@@ -58,9 +61,9 @@ class _Tokenizer:
 
 def serve(inbox: multiprocessing.Queue, answers: multiprocessing.Queue) -> None:
     """A worker's process: calls of methods by name, as Ray would make them."""
-    from rollout import worker
+    from rollout import turns, worker
 
-    worker.OffsetMapper = lambda tokenizer: None
+    turns.OffsetMapper = lambda tokenizer: None
     it = worker.RolloutWorker("w", Engine, _Tokenizer, threads=1, deterministic=False)
     addresses = [x.data_ptr() for x in it._engine.tensors.values()]
     for method, args in iter(inbox.get, None):
