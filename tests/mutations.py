@@ -495,7 +495,7 @@ MUTATIONS = [
     Mutation(
         "shared memory is written in place",
         RECEIVER_PY,
-        "live.data = tensor.to(live.dtype)",
+        "live.data = tensor.to(live.dtype, copy=not isinstance(live, torch.nn.Parameter))",
         "live.copy_(tensor)",
         WEIGHTS,
     ),

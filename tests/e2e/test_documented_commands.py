@@ -93,7 +93,7 @@ def shell(line: str, folder: Path) -> subprocess.CompletedProcess:
     environment = os.environ | {"PATH": f"{folder / '.venv' / 'bin'}:{os.environ['PATH']}", "WANDB_MODE": "offline"}
     line = line.replace("/shared/runs", str(folder / "runs"))
     return subprocess.run(
-        ["bash", "-c", line], cwd=folder, env=environment, capture_output=True, text=True, timeout=400
+        ["bash", "-c", line], cwd=folder, env=environment, capture_output=True, text=True, timeout=900
     )
 
 
@@ -108,6 +108,7 @@ def shortened(command: Command) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1000)  # the first run of a comparison installs what it is compared with
 @pytest.mark.parametrize("command", HERE, ids=lambda command: f"{command.page}: {command.text[:80]}")
 def test_a_documented_command_works(command: Command, folder):
     line = shortened(command)
