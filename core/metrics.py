@@ -319,7 +319,7 @@ SECTIONS: dict[str, tuple[Metric, ...]] = {
     "Is there something to learn from?": (
         Metric(
             "data/epochs",
-            "Prompts that were drawn since the run began, for each row of the data.",
+            "Prompts that were trained on since the run began, for each row of the data.",
             "1",
             "rows to train on",
             "below 10; beyond that look whether eval/reward/total still follows reward/total",

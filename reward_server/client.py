@@ -24,7 +24,7 @@ MAX_WAITING_CHUNKS = 64  # calls that a server which joins chunks holds at a tim
 CLOSE_S = 1.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # each is itself: arrays in a chunk have no one answer to ==
 class PendingScores:
     """A chunk on its way: if `server` dies, `chunk` is sent again."""
 
