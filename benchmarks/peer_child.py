@@ -1,7 +1,7 @@
-"""A side of a comparison as a process of its own: JSON lines on stdin and stdout, one answer to each request.
+"""A side of a comparison as a process of its own: JSON lines, requests on its stdin, answers on a pipe of their own.
 
-The parent has `Child`; the process calls `requests` and `answer`. Whatever else a library prints in the child goes to
-its log: standard output is taken over by the protocol.
+The parent has `Child`; the process calls `requests` and `answer`. Whatever a library prints in the child, while it is
+imported too, goes to its log.
 """
 
 import ctypes
@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
+ANSWERS = "TOKENPPO_ANSWERS_FD"  # environment variable: the child's end of the pipe
 _answers: TextIO | None = None
 
 
@@ -21,8 +22,7 @@ def requests() -> Iterator[dict[str, Any]]:
     """In the child: each request, until the parent is gone or says quit."""
     global _answers
     if _answers is None:
-        _answers = os.fdopen(os.dup(1), "w")
-        os.dup2(2, 1)
+        _answers = os.fdopen(int(os.environ[ANSWERS]), "w")
     for line in sys.stdin:
         request = json.loads(line)
         if request["do"] == "quit":
@@ -43,20 +43,24 @@ class Child:
         env = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"} | env
         env["PYTHONPATH"] = f"{root.parent}{os.pathsep}{root}"
         self._log = log
-        with open(log, "ab") as errors:
+        reading, writing = os.pipe()
+        self._answers = os.fdopen(reading)
+        with open(log, "ab") as printed:
             self._process = subprocess.Popen(
                 [str(python), "-P", str(root / script)],  # or rollout.py here would stand in for our package
                 stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=errors,
+                stdout=printed,
+                stderr=printed,
                 text=True,
-                env=env,
+                env=env | {ANSWERS: str(writing)},
+                pass_fds=[writing],
             )
+        os.close(writing)  # so that the end of the child is the end of the pipe
 
     def ask(self, do: str, **fields: Any) -> dict[str, Any]:
         try:
             print(json.dumps({"do": do, **fields}), file=self._process.stdin, flush=True)
-            line = self._process.stdout.readline()
+            line = self._answers.readline()
         except BrokenPipeError:
             line = ""
         if not line:

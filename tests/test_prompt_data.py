@@ -292,7 +292,13 @@ def test_without_the_key_nothing_is_left_out_and_the_share_is_measured(folder, t
     for _ in range(3):
         assert step(stream, {0, 1, 2, 3}, 4)["data/no_signal_frac"] == 1.0
     assert stream.state == {"position": 12}
-    assert stream.observe([(0, 1.0)]) == {"data/epochs": 3}
+    assert stream.observe([(11, 1.0)]) == {"data/epochs": 3}
+
+
+def test_epochs_count_what_was_trained_on_and_not_what_was_drawn_ahead(folder, tokenizer):
+    stream = streams(folder, tokenizer, numbered(4), path="p.jsonl")[0]
+    stream.take(8)
+    assert stream.observe([(0, 1.0), (1, 0.0)]) == {"data/epochs": 0.5}
 
 
 def test_a_checkpoint_holds_all_that_the_next_prompts_depend_on(folder, tokenizer):
