@@ -26,6 +26,7 @@ from core.pretrained import load_causal_lm
 from core.trajectory import KeptTokens, PromptRequest
 from core.weights import named_tensors
 from rollout.engines.engine import Begun, Generation
+from rollout.engines.packed import PackedLinears
 from rollout.engines.sampling import Filters, sample
 from rollout.engines.slots import ATTENTION, Prompts, Slots, Tokens
 from rollout.stop_strings import StopStrings
@@ -140,6 +141,7 @@ class TransformersEngine:
         self._stop = torch.tensor(stop, device=self.device)
         # Models without absolute or rotary positions (ALiBi) take none; they read the attention mask.
         self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+        self._packed = PackedLinears(model)
         self._room: Slots | None = None  # kept between calls: new memory is slow at its first touch
         self.in_slots = self._reads_slots()
 
@@ -172,7 +174,8 @@ class TransformersEngine:
         return named_tensors(self.model)
 
     def use_weights(self) -> None:
-        """Nothing: `generate` reads the very tensors that were written."""
+        """`generate` reads the very tensors that were written, or what it makes of them."""
+        self._packed.drop()
 
     def rest(self) -> None:
         """Nothing: memory stays with its process."""
@@ -269,7 +272,8 @@ class TransformersEngine:
 
     def _next_logits(self, token: Tensor, place: Tensor, slots: Slots) -> Tensor:
         """Logits [B, V] behind `token`, which stands at `place`."""
-        return self._logits(token[:, None], place[:, None], Tokens(slots, place), 1)[:, -1]
+        with self._packed.in_use():
+            return self._logits(token[:, None], place[:, None], Tokens(slots, place), 1)[:, -1]
 
     def _logits(self, ids: Tensor, places: Tensor, step: Prompts | Tokens, keep: Tensor | int) -> Tensor:
         out = self.model(input_ids=ids, position_ids=places, use_cache=False, step=step, logits_to_keep=keep)
