@@ -1,9 +1,9 @@
 """Linear layers in oneDNN's own layout: for a few rows on a CPU, what reading the weights in their own order costs.
 
 A matrix product copies its weights into blocks that suit the vector units before it multiplies. With thousands of rows
-that is nothing, with the 64 of a decode step a third to a half of the time. The blocks of a layer are the same until the
-next weights come, so they are made once and kept: 1.1 to 1.9 times faster from 384 x 384 on (docs/rollout.md), for a
-second copy of those weights.
+that is nothing, with the 64 of a decode step a third to a half of the time. The blocks of a layer are the same until
+the next weights come, so they are made once and kept: 1.1 to 1.9 times faster from 384 x 384 on (docs/rollout.md), for
+a second copy of those weights.
 """
 
 from collections.abc import Callable, Iterator
