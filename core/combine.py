@@ -144,6 +144,15 @@ def attribution(
     return {"variance_share": share, "length_corr": corr}
 
 
+def total_std(combined: Combined, *, all_reduce: Callable[[Tensor], Tensor] | None = None) -> float:
+    """Standard deviation of the total reward between the responses of a batch, all ranks together. NaN without any."""
+    reduce = all_reduce or (lambda sums: sums)
+    totals = combined.token_rewards.double().sum(dim=1)
+    count, total = reduce(torch.stack([torch.tensor(float(len(totals)), dtype=torch.float64), totals.sum()]))
+    (squares,) = reduce((totals - total / count.clamp(min=1)).square().sum().reshape(1))
+    return float(torch.sqrt(squares / count)) if count > 0 else float("nan")
+
+
 def _moments(value: Tensor, valid: Tensor, all_reduce: Callable[[Tensor], Tensor] | None) -> tuple[float, float, float]:
     """Count, mean and sum of squared deviations over the valid tokens of all ranks. value is 0 where not valid."""
     reduce = all_reduce or (lambda sums: sums)

@@ -277,6 +277,13 @@ SECTIONS: dict[str, tuple[Metric, ...]] = {
             "1 to 20 %; 0 means steps are too small, above 30 % too large",
         ),
         Metric(
+            "ppo/first_ratio_error",
+            "Largest distance of a ratio from 1 in the first mini-batch, where ratios are against the policy before.",
+            "1",
+            "none: a maximum over tokens",
+            "below 1e-4 in fp32; larger means that old and new log-probs are not computed alike",
+        ),
+        Metric(
             "ppo/vf_clipfrac",
             "Tokens whose value moved further than cliprange_value.",
             SHARE,
@@ -323,6 +330,13 @@ SECTIONS: dict[str, tuple[Metric, ...]] = {
             "1",
             "rows to train on",
             "below 10; beyond that look whether eval/reward/total still follows reward/total",
+        ),
+        Metric(
+            "response/reward_std",
+            "Standard deviation of reward/total between the responses of the step.",
+            "reward",
+            "responses of all ranks",
+            "above 0; at 0 no response is better than another and nothing is learnt",
         ),
         Metric(
             "data/no_signal_frac",

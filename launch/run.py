@@ -10,7 +10,7 @@ import time
 import uuid
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import numpy as np
 from accelerate import Accelerator
 from rich.console import Console
 
+from core.diagnosis import Diagnosis, Facts
 from core.faults import TERMINATED, StorageFault, UserError, exit_code_of
 from core.schema import Config
 from launch import build, cluster, early, environment, learners, room, run_folder, trained
@@ -287,7 +288,7 @@ def _train(
         return reason is None
 
     title = f"{cfg.run.name}: {Path(cfg.model.path).name} on {', '.join(Path(p).name for p in cfg.data.sources)}"
-    log, trackers = RunLog.silent(), None
+    log, trackers, diagnosis = RunLog.silent(), None, Diagnosis(Facts.of(cfg))
     if ranks.is_main:
         trackers = Trackers.open(
             cfg,
@@ -299,7 +300,16 @@ def _train(
         run_folder.write_tracker_ids(folder, trackers.ids)
         parts.push(lambda kind, error, trace: trackers.close(exit_code_of(error) if error else 0))
         before = {f"eval/{name}": x for name, x in summary["eval"].get("before", {}).items() if name != "step"}
-        log = RunLog(folder, total_steps=cfg.run.steps, trackers=trackers, console=console, title=title, before=before)
+        log = RunLog(
+            folder,
+            total_steps=cfg.run.steps,
+            trackers=trackers,
+            console=console,
+            title=title,
+            before=before,
+            diagnosis=diagnosis,
+            alert=trackers.alert,
+        )
     with log:
         if ranks.is_main:
             tell.append(log.note)
@@ -321,6 +331,7 @@ def _train(
         finally:
             del tell[1:]
             summary["steps"] = learner.step
+            summary["verdicts"] = [asdict(verdict) for verdict in diagnosis.verdicts]
             summary["seconds"] |= {phase: round(spent, 3) for phase, spent in log.seconds.items()}
     whole = learner.whole_policy()
     with ranks.together():

@@ -41,6 +41,7 @@ import psutil
 from accelerate.tracking import TensorBoardTracker, WandBTracker
 
 from core.config import OPTION
+from core.diagnosis import Verdict
 from core.schema import Config
 from launch import run_folder
 from trainer.run_log import AlreadySaid
@@ -56,6 +57,8 @@ HIDDEN = "(hidden)"
 
 class _Tracker(Protocol):
     def log(self, values: dict[str, float], step: int) -> None: ...
+
+    def alert(self, verdict: Verdict) -> None: ...
 
     def close(self, exit_code: int) -> None: ...
 
@@ -127,6 +130,16 @@ class Trackers:
         if missed:
             raise AlreadySaid(f"{missed} of the trackers did not get step {step}")
 
+    def alert(self, verdict: Verdict) -> None:
+        """W&B sends it to whoever asked for alerts, TensorBoard shows it under its texts."""
+        if verdict.step <= self._after:
+            return
+        for name, tracker in self._open.items():
+            try:
+                tracker.alert(verdict)
+            except Exception as error:
+                self._say(name, f"did not take the verdict of step {verdict.step}", error)
+
     def close(self, exit_code: int) -> None:
         """Write or upload the rest; W&B shows a run with another exit code than 0 as failed. May be called twice."""
         for name, tracker in self._open.items():
@@ -160,6 +173,9 @@ class _TensorBoard:
 
     def log(self, values: dict[str, float], step: int) -> None:
         self._tracker.log(values, step=step)
+
+    def alert(self, verdict: Verdict) -> None:
+        self._tracker.writer.add_text(f"diagnosis/{verdict.rule}", verdict.text, verdict.step)
 
     def close(self, exit_code: int) -> None:
         self._tracker.finish()
@@ -225,6 +241,10 @@ class _WandB:
             new = self._last.with_suffix(".new")
             new.write_text(str(step))
             os.replace(new, self._last)
+
+    def alert(self, verdict: Verdict) -> None:
+        if verdict.step > self._seen:
+            self._tracker.tracker.alert(title=verdict.title, text=verdict.text, level="WARN")
 
     def close(self, exit_code: int) -> None:
         self._tracker.tracker.finish(exit_code=exit_code)  # Accelerate's finish() has no exit code

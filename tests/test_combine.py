@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core.combine import Combined, RunningMoments, attribution, combine, next_multipliers, weights_at
+from core.combine import Combined, RunningMoments, attribution, combine, next_multipliers, total_std, weights_at
 from core.config import from_tree
 from core.faults import UserError
 from core.schema import RewardConfig
@@ -200,6 +200,21 @@ def test_attribution_by_hand():
 def test_attribution_leaves_out_what_has_no_variance():
     combined = Combined(token_rewards=torch.zeros(2, 1), weighted={"a": torch.ones(2, 1)})
     assert attribution(combined, torch.tensor([1, 2])) == {"variance_share": {}, "length_corr": {}}
+
+
+def test_the_deviation_of_totals_is_over_the_responses_of_all_ranks():
+    totals = [torch.tensor([[1.0, 3.0], [2.0, 0.0]]), torch.tensor([[6.0, 0.0]]), torch.zeros(0, 2)]  # 4, 2 | 6 |
+    ranks = [Combined(token_rewards=t, weighted={}) for t in totals]
+    assert total_std(ranks[0]) == pytest.approx(1.0)
+    assert total_std(ranks[1]) == 0.0
+    assert math.isnan(total_std(ranks[2]))
+    sums = [
+        torch.tensor([3.0, 12.0], dtype=torch.float64),
+        torch.tensor([8.0], dtype=torch.float64),
+    ]  # mean 4: 0 + 4 + 4
+    for rank in ranks:
+        answers = iter(sums)
+        assert total_std(rank, all_reduce=lambda _, answers=answers: next(answers)) == pytest.approx((8 / 3) ** 0.5)
 
 
 values = st.integers(-(10**9), 10**9).map(lambda i: i / 1e6)  # no float32 below its normal range can come of them

@@ -13,6 +13,7 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
+from core.diagnosis import Diagnosis, Facts
 from core.faults import StorageFault
 from trainer import panel, run_log
 from trainer.run_log import RunLog
@@ -272,6 +273,28 @@ def test_a_step_without_the_usual_numbers_still_prints(tmp_path):
     with RunLog(tmp_path, total_steps=1, trackers=None, console=console) as log:
         log.step(1, {})
     assert printed(console).startswith("step 1/1  reward      -  kl      -")
+
+
+def test_a_verdict_is_said_once_told_to_the_alert_and_shown_while_it_holds(tmp_path):
+    told, console = [], a_terminal(height=40, color_system=None)
+    settings = {"total_steps": 9, "trackers": None}
+    with RunLog(
+        tmp_path, console=console, diagnosis=Diagnosis(Facts()), alert=lambda v: told.append(v.step), **settings
+    ) as log:
+        for step in range(1, 5):
+            log.step(step, a_row(ppo__pg_clipfrac=0.5))
+    assert told == [3]
+    assert printed(console).count("step 3: steps are too large: many tokens are clipped: ppo/pg_clipfrac is 0.5") == 1
+    assert "! steps are too large: many tokens are clipped" in printed(console)[printed(console).rindex("╭") :]
+    again = Diagnosis(Facts())
+    with RunLog(tmp_path, console=a_file(), diagnosis=again, alert=lambda v: told.append(v.step), **settings) as log:
+        assert [v.step for v in again.verdicts] == [3]  # of the rows that are there
+        log.step(5, a_row(ppo__pg_clipfrac=0.5))
+        assert log._view.verdicts == ["steps are too large: many tokens are clipped"]
+        for step in range(6, 9):
+            log.step(step, a_row())
+        assert log._view.verdicts == []
+    assert told == [3]
 
 
 def test_a_note_is_one_harmless_line_on_any_terminal(tmp_path):

@@ -23,6 +23,7 @@ JOB = """
 import json, os, signal, sys, time
 from pathlib import Path
 from accelerate import PartialState
+from core.diagnosis import Diagnosis, Facts
 from core.schema import Config
 from launch import run_folder
 from launch import trackers as module
@@ -41,10 +42,13 @@ trackers = Trackers.open(
 print("ids:", json.dumps(trackers.ids))
 if job.get("resumed_from") is not None:
     run_folder.drop_after(folder, job["resumed_from"])
-with RunLog(folder, total_steps=9, trackers=trackers) as log:
+with RunLog(
+    folder, total_steps=9, trackers=trackers, diagnosis=Diagnosis(Facts()), alert=trackers.alert
+) as log:
     log.baseline({"eval/reward/total": 9.0})
     for step in job["steps"]:
-        log.step(step, {"reward/total": step / 4, "eval/reward/total": -float(step), "faults/tracker_errors": step})
+        row = {"reward/total": step / 4, "eval/reward/total": -float(step), "faults/tracker_errors": step}
+        log.step(step, row | job.get("rows", {}).get(str(step), {}))
     if job.get("die"):
         from tests import wandb_file
         (file,) = wandb_file.files(folder)
@@ -149,6 +153,21 @@ def test_one_run_offline_without_a_login_asks_nothing_and_is_all_there(job):
         assert not path.is_file() or b"hunter2" not in path.read_bytes(), path
     for outside in (job.home, job.temporary, job.cwd):
         assert list(outside.rglob("*")) == []
+
+
+def test_a_verdict_is_an_alert_and_a_text_once(job):
+    """A run that goes on judges the rows that are there, and sends nothing again."""
+    bad = {"ppo/first_ratio_error": 0.5}
+    first = job("tensorboard", "wandb", steps=[1, 2, 3], rows={"2": bad})
+    job("tensorboard", "wandb", steps=[3, 4], rows={"3": bad, "4": bad}, resumed_from=2, ids=ids(first))
+    alerts = [alert for file in wandb_file.files(job.folder) for alert in wandb_file.read(file).alerts]
+    title = "old and new log-probs of one policy differ"
+    assert [(title_of, text.split(":")[0]) for title_of, text in alerts] == [(title, "step 2")]
+    assert "ppo/first_ratio_error is 0.5 (bound 0.0001)" in alerts[0][1]
+    reader = EventAccumulator(str(job.folder / "tests"))
+    reader.Reload()
+    (event,) = reader.Tensors("diagnosis/first-ratio/text_summary")
+    assert (event.step, event.tensor_proto.string_val[0].decode()) == (2, alerts[0][1])
 
 
 def test_a_secret_on_the_command_line_is_not_recorded(job):

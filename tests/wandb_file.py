@@ -31,6 +31,7 @@ class Recorded:
     rows: list[dict[str, Any]] = field(default_factory=list)
     metrics: dict[str, Any] = field(default_factory=dict)  # name or glob -> MetricRecord
     summary: dict[str, Any] = field(default_factory=dict)
+    alerts: list[tuple[str, str]] = field(default_factory=list)  # title and text
     exit_code: int | None = None  # None: the process ended without a word
 
 
@@ -86,6 +87,8 @@ def read(path: Path) -> Recorded:
             case "summary":
                 for item in record.summary.update:
                     _merge(found.summary, item)
+            case "alert":
+                found.alerts.append((record.alert.title, record.alert.text))
             case "exit":
                 found.exit_code = record.exit.exit_code
     return found

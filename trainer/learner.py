@@ -114,6 +114,7 @@ class Learner:
         if cfg.model.gradient_checkpointing:
             self.policy.checkpoint_activations()
         self._last_lr = 0.0
+        self._first_ratio_error: float | None = None  # of the step under way, of all ranks; None where there is none
         self._ranks_agree = self.ranks.size == 1  # equal parameters after a first step of this process were seen
         self._texts = texts or []
         self.step = 0  # PPO updates that are done
@@ -269,6 +270,7 @@ class Learner:
         # Against the engine's log-probs a ratio is off 1 by what `annotate` has held to limits of its own.
         starts_at_1 = not self._max_age or cfg.importance_cap is not None
         self._optimizer_steps = self._schedule_at(self.step)
+        self._first_ratio_error = None
         for epoch in range(cfg.ppo_epochs):
             of_epoch: list[dict[str, Tensor]] = []
             for index, mini in enumerate(self._mini_batches(batch, epoch)):
@@ -283,6 +285,8 @@ class Learner:
         self.step += 1
         means = sums.merge(self.ranks.sum_list).means()
         means |= {"optim/lr": self._last_lr, "ppo/epochs": epoch + 1}
+        if self._first_ratio_error is not None:
+            means["ppo/first_ratio_error"] = self._first_ratio_error
         if norms:  # ZeRO-0 clips, and does not tell by how much
             means["optim/grad_norm"] = sum(norms) / len(norms)
         if cfg.has_critic and cfg.scale_values == "none":  # else `credit` tells it, which has both in one unit
@@ -371,6 +375,8 @@ class Learner:
         loss, ratio_error = self.ranks.gather_max([float(losses), float(errors)])
         if not math.isfinite(loss):
             raise InvariantFault(f"step {self.step + 1}: the loss is {loss}; the weights are as before it")
+        if first:
+            self._first_ratio_error = ratio_error
         if first and self.cfg.run.checks and not ratio_error <= self._limits["ratio"]:
             raise InvariantFault(
                 f"step {self.step + 1}: a ratio of the first mini-batch is off 1 by {ratio_error:.2g}"

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from core.combine import Combined, RunningMoments, attribution, combine, next_multipliers, weights_at
+from core.combine import Combined, RunningMoments, attribution, combine, next_multipliers, total_std, weights_at
 from core.faults import InvariantFault
 from core.metrics import Sums
 from core.schema import Config
@@ -172,6 +172,7 @@ def train(
         means |= {f"reward/{name}/weight": weight for name, weight in weights.items()}
         for what, values in attribution(combined, batch.response_mask.sum(dim=1), all_reduce=ranks.sum).items():
             means |= {f"reward/{name}/{what}": value for name, value in values.items()}
+        means["response/reward_std"] = total_std(combined, all_reduce=ranks.sum)
         samples, tokens = map(int, ranks.sum_list([len(batch), int(batch.response_mask.sum())]))
         means |= prompts.observe(totals(batch, ranks))
         state.kl.update(means["objective/kl"], samples)

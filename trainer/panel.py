@@ -19,6 +19,7 @@ from rich.text import Text
 from core.metrics import PHASES, SHARE, lookup
 
 _EVAL_TOTAL = "eval/reward/total"
+_MOST_VERDICTS = 3  # that the panel shows
 _RECENT_STEPS = 8  # the time left is estimated from these
 
 
@@ -39,6 +40,7 @@ class View:
         self.closed_after_s: float | None = None
         self.baseline: dict[str, float] = {}
         self.last: dict[str, float] = {}
+        self.verdicts: list[str] = []  # titles of those that hold
         self.past: dict[str, list[float]] = {}  # name -> one value per step in which it was measured
 
     def add(self, step: int, row: dict[str, float], *, wrote_at: float) -> None:
@@ -207,6 +209,10 @@ def panel(view: View, clock: PhaseClock, *, width: int, height: int) -> Panel:
         parts += [Text(), _signals(view.last), Text(), *_speed(view.last)]
         if faults := _faults(view.last):
             parts.append(Text(f"faults so far: {faults}", style="bold #d55e00"))
+        for title in view.verdicts[:_MOST_VERDICTS]:
+            parts.append(Text(f"! {title}", style="bold #d55e00", no_wrap=True, overflow="ellipsis"))
+        if (more := len(view.verdicts) - _MOST_VERDICTS) > 0:
+            parts.append(Text(f"! {more} more", style="bold #d55e00"))
     title = Text(one_line(view.title) or "tokenppo", style="bold default")
     return Panel(Group(*parts), title=title, title_align="left", box=box.ROUNDED, border_style="bright_black")
 

@@ -25,11 +25,13 @@ from rich.console import Console, RenderableType
 from rich.live import Live
 from rich.text import Text
 
+from core.diagnosis import Diagnosis, Verdict
 from core.faults import StorageFault
 from core.metrics import PHASES, lookup
 from trainer.panel import View, can_draw, eval_line, one_line, panel, step_line
 
 Trackers = Callable[[dict[str, float], int], None]  # takes the finite numbers of one step
+Alert = Callable[[Verdict], None]
 
 
 class AlreadySaid(Exception):
@@ -50,6 +52,8 @@ class RunLog:
         console: where to print; standard output if None.
         title: head of the panel, plain text.
         before: the evaluation before the first step, where this log goes on with a run; see `baseline`.
+        diagnosis: judges each row; a new verdict is shown, and `alert` is told of it. Rows that are there already are
+            judged too, in silence.
     """
 
     def __init__(
@@ -61,6 +65,8 @@ class RunLog:
         console: Console | None = None,
         title: str = "",
         before: dict[str, float] | None = None,
+        diagnosis: Diagnosis | None = None,
+        alert: Alert | None = None,
     ) -> None:
         self.path = Path(run_dir) / "metrics.jsonl"
         self._trackers = trackers
@@ -68,6 +74,7 @@ class RunLog:
         self._console = Console() if console is None else console
         self._view = View(title=title, total_steps=total_steps)
         self._view.baseline = dict(before or {})
+        self._diagnosis, self._alert = diagnosis, alert
         self._live: Live | None = None
         self._fd: int | None = None
         self._named_null: set[str] = set()
@@ -83,7 +90,9 @@ class RunLog:
         self._fd = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
         for row in map(json.loads, self.path.read_text(encoding="utf-8").splitlines()):
             numbers = {name: math.nan if value is None else value for name, value in row.items()}
-            self._view.add(numbers.pop("step"), numbers, wrote_at=perf_counter())
+            step = numbers.pop("step")
+            self._view.add(step, numbers, wrote_at=perf_counter())
+            self._judge(step, numbers)
         self._clock.restart()
         if can_draw(self._console):
             self._live = Live(
@@ -171,11 +180,16 @@ class RunLog:
                 row["faults/tracker_errors"] = self._tracker_errors
             self._write(step, row)
             self._view.add(step, row, wrote_at=perf_counter())
+            new = self._judge(step, row)
             if self._live is None:
                 self._print(step_line(step, self._view.total_steps, row))
             else:
                 self._live.refresh()
             self._track(row, step)
+            for verdict in new:
+                self.note(verdict.text)
+                if self._alert is not None:
+                    self._alert(verdict)
 
     def note(self, text: str) -> None:
         """Prints one line, above the panel where there is one; from any thread. Markup and controls in it are inert."""
@@ -227,6 +241,14 @@ class RunLog:
                 self.note(
                     f"warning: a tracker failed at step {step}, training goes on: {type(error).__name__}: {error}"
                 )
+
+    def _judge(self, step: int, row: dict[str, float]) -> list[Verdict]:
+        """The verdicts that this row brings."""
+        if self._diagnosis is None:
+            return []
+        new = self._diagnosis.add(step, row)
+        self._view.verdicts = [verdict.title for verdict in self._diagnosis.active]
+        return new
 
     def _print(self, text: Text) -> None:
         encoding = self._console.encoding

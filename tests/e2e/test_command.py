@@ -1,9 +1,11 @@
 """The command from end to end on a random model, in seconds: files, exit codes, processes, the script interface."""
 
 import json
+import math
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import psutil
@@ -14,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import tiny_models
 import tokenppo
 from cards_run import ROOT, Run, same_numbers
+from core.diagnosis import Diagnosis, Facts
 from core.faults import RewardFault, UserError
 from core.metrics import lookup
 
@@ -87,6 +90,7 @@ def test_one_object_per_step_with_names_of_the_table(finished):
     assert [any(k.startswith("eval/") for k in row) for row in rows] == [False, True, True]
     assert rows[0]["objective/kl"] == pytest.approx(0, abs=1e-4)
     assert abs(rows[0]["ppo/ratio_mean"] - 1) < 0.05 and rows[2]["staleness/mean"] == 0
+    assert 0 <= rows[0]["ppo/first_ratio_error"] < 1e-4 and rows[0]["response/reward_std"] > 0
     assert rows[0]["reward/topic/weighted"] == 0 and rows[0]["reward/topic/raw"] == 1  # None counts for nothing
     assert rows[0]["reward/total"] == pytest.approx(
         rows[0]["reward/vowels/weighted"] + rows[0]["reward/brevity/weighted"], abs=1e-5
@@ -99,6 +103,10 @@ def test_the_summary_has_the_evaluations_and_the_exit_code(finished):
     assert set(summary["eval"]) == {"before", "after", "best"}
     assert summary["eval"]["after"]["reward/total"] == finished.rows()[-1]["eval/reward/total"]
     assert summary["eval"]["before"]["topic"] == 1 and summary["seconds"]["whole_run"] > 0
+    doctor = Diagnosis(Facts(components=2))
+    for row in finished.rows():
+        doctor.add(row["step"], {name: math.nan if x is None else x for name, x in row.items()})
+    assert summary["verdicts"] == [asdict(verdict) for verdict in doctor.verdicts]
 
 
 @pytest.mark.parametrize("which", ["best", "final"])
