@@ -35,6 +35,21 @@ def main(argv: list[str]) -> int:
     evaluate.add_argument("--weights", choices=("final", "best", "base"), default="final", help="default final")
     evaluate.add_argument("--data", help="other prompts than data.eval_path of the run")
     evaluate.set_defaults(do=_evaluate)
+    samples = verbs.add_parser("sample", help="show what a trained model answers, and what each token of it earns")
+    samples.add_argument("run", metavar="RUN", help="path of a run folder")
+    samples.add_argument("text", metavar="TEXT", nargs="?", help="the prompt; without it the first held-out one")
+    samples.add_argument(
+        "--row", type=int, metavar="N", help="the held-out (or training) prompt of this number, from 0"
+    )
+    samples.add_argument("--weights", choices=("final", "best", "base"), default="final", help="default final")
+    samples.add_argument("--compare", choices=("final", "best", "base"), help="show the answers of these weights too")
+    samples.add_argument("-n", type=int, default=1, metavar="N", help="answers of each model, default 1")
+    samples.add_argument("--seed", type=int, default=0, help="of the draws, default 0: the same answers each time")
+    samples.add_argument("--max-new-tokens", type=int, metavar="N", help="default rollout.max_new_tokens of the run")
+    samples.add_argument("--component", metavar="NAME", help="colour by the raw rewards of this one, not by the sum")
+    samples.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default auto")
+    samples.add_argument("--json", action="store_true", help="every number of every token as one JSON object")
+    samples.set_defaults(do=_sample)
     export = verbs.add_parser("export", help="write the model of a run, with a card, for others or for the hub")
     export.add_argument("run", metavar="RUN", help="path of a run folder")
     export.add_argument("out", metavar="OUT", help="folder to write; it must not exist")
@@ -82,6 +97,13 @@ def _evaluate(args: argparse.Namespace) -> int:
     width = max(map(len, means))
     print("\n".join(f"{name:<{width}}  {value:.4g}" for name, value in means.items()))
     return 0
+
+
+def _sample(args: argparse.Namespace) -> int:
+    prepare_environment()  # keeps libraries quiet, and is read when they are imported
+    from launch.sample import main
+
+    return main(args)
 
 
 def _export(args: argparse.Namespace) -> int:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
 
 import tiny_models
 from core.faults import StorageFault, UserError
@@ -235,3 +236,13 @@ def test_a_folder_of_weights_has_a_manifest_and_the_generation_config_of_its_bas
     file = tmp_path / "final" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"?")
     assert "model.safetensors holds other bytes" in checkpoint.damage_of(tmp_path / "final")
+
+
+def test_a_folder_of_weights_holds_what_transformers_saves_and_nothing_that_a_model_computes(tmp_path, recwarn):
+    policy = policy_of(tiny_models.make_model("llama-tied"))
+    assert any("inv_freq" in name for name in whole_policy(policy).lm)  # a sync sends it
+    checkpoint.save_pretrained(policy, whole_policy(policy), tiny_models.make_tokenizer(), tmp_path / "final", step=1)
+    policy.lm.save_pretrained(tmp_path / "theirs")
+    ours, theirs = (load_file(tmp_path / which / "model.safetensors") for which in ("final", "theirs"))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)

@@ -281,7 +281,10 @@ def save_pretrained(
         for leftover in (fresh, old):
             shutil.rmtree(leftover, ignore_errors=True)
         fresh.mkdir(parents=True)
-        policy.lm.save_pretrained(fresh, state_dict=weights.lm)
+        modules = policy.lm.named_modules()
+        # A sync sends these too; who loads the folder makes them anew, and would be told of strangers.
+        computed = {f"{path}.{name}" for path, module in modules for name in module._non_persistent_buffers_set}
+        policy.lm.save_pretrained(fresh, state_dict={n: x for n, x in weights.lm.items() if n not in computed})
         tokenizer.save_pretrained(fresh)
         save_file({name: x.cpu().contiguous() for name, x in weights.value.items()}, fresh / VALUE_HEAD_FILE)
         if weights.adapter:
