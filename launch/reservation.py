@@ -53,13 +53,13 @@ class Seats:
 
     def worker(self, number: int) -> dict[str, Any]:
         """Of rollout worker `number`, also when it is started again. Raises ProcessFault where its node is gone."""
-        return self._options(f"worker-{number}", self.plan.workers, number)
+        return self._seat(f"worker-{number}", self.plan.workers, number)
 
     def server(self, rank: int, number: int) -> dict[str, Any]:
         """Of a reward server of `rank`, as `worker`."""
-        return self._options("the reward server", self.plan.servers, rank * self.servers_of_rank + number)
+        return self._seat("the reward server", self.plan.servers, rank * self.servers_of_rank + number)
 
-    def _options(self, who: str, seats: tuple, number: int) -> dict[str, Any]:
+    def _seat(self, who: str, seats: tuple, number: int) -> dict[str, Any]:
         if not seats:
             return {}
         seat, held = seats[number], self.held[seats[number].bundle]
@@ -68,12 +68,7 @@ class Seats:
                 f"{who} has its GPU on node {held.place}, and Ray has lost that node; start the run again, it goes on"
                 " from its last checkpoint"
             )
-        return {
-            "num_gpus": seat.gpus,
-            "scheduling_strategy": PlacementGroupSchedulingStrategy(
-                held.group, placement_group_bundle_index=held.index
-            ),
-        }
+        return _options(held, seat.gpus)
 
 
 NO_SEATS = Seats()  # on CPUs
@@ -89,8 +84,9 @@ def seats_of_run(cfg: Config, ranks: Ranks, device: Any, note: Callable[[str], N
     """
     if not Wanted.of(cfg, device.type, ("",) * ranks.size, ranks.size).any:
         return NO_SEATS
-    gpu = gpu_name(device.index or 0) if device.type != "cpu" else None
-    learners = ranks.gather((ray.get_runtime_context().get_node_id(), gpu))
+    learners: list[tuple[str, str]] = []
+    if device.type != "cpu":
+        learners = ranks.gather((ray.get_runtime_context().get_node_id(), gpu_name(device.index or 0)))
     with ranks.together():
         seats = reserve(cfg, device.type, learners, ranks.size) if ranks.is_main else None
         for line in seats.plan.lines if seats else ():
@@ -104,9 +100,9 @@ def gpu_name(index: int) -> str:
     return visible.split(",")[index].strip() if visible else str(index)
 
 
-def reserve(cfg: Config, device: str, learners: list[tuple[str, str | None]], ranks: int) -> Seats:
-    """Plan and hold. `learners`: node id and name of the GPU of each learner, by rank; [] where none computes. Raises
-    as `seats_of_run`."""
+def reserve(cfg: Config, device: str, learners: list[tuple[str, str]], ranks: int) -> Seats:
+    """Plan and hold. `learners`: node id and name of the GPU of each learner, by rank; [] where none has one. Raises as
+    `seats_of_run`."""
     places = _places()
     ids = {place: node for node, place in places.items()}
     wanted = Wanted.of(cfg, device, tuple(places[node] for node, _ in learners), ranks)
@@ -153,10 +149,10 @@ def _hold(name: str, bundles: list[Bundle], ids: dict[str, str]) -> PlacementGro
     return group
 
 
-def _in_order(held: list[Held], bundles: list[Bundle], learners: list[tuple[str, str | None]]) -> list[Held]:
+def _in_order(held: list[Held], bundles: list[Bundle], learners: list[tuple[str, str]]) -> list[Held]:
     """The bundles of learners by the GPU that each turned out to be. Raises UserError where Ray gave other GPUs."""
-    look = ray.remote(_gpu_ids).options(num_cpus=0, max_retries=0)
-    asked = [look.options(num_gpus=b.gpus, **_in(h)).remote() for h, b in zip(held, bundles, strict=True)]
+    look = ray.remote(num_cpus=0, max_retries=0)(_gpu_ids)
+    asked = [look.options(**_options(h, b.gpus)).remote() for h, b in zip(held, bundles, strict=True)]
     try:
         of_bundle = ray.get(asked, timeout=READY_S)
     except (RayError, GetTimeoutError) as error:
@@ -178,10 +174,9 @@ def _in_order(held: list[Held], bundles: list[Bundle], learners: list[tuple[str,
     return [holder[learners[bundle.learners[0]]] for bundle in bundles]
 
 
-def _in(held: Held) -> dict[str, Any]:
-    return {
-        "scheduling_strategy": PlacementGroupSchedulingStrategy(held.group, placement_group_bundle_index=held.index)
-    }
+def _options(held: Held, gpus: float) -> dict[str, Any]:
+    place = PlacementGroupSchedulingStrategy(held.group, placement_group_bundle_index=held.index)
+    return {"num_gpus": gpus, "scheduling_strategy": place}
 
 
 def _gpu_ids() -> list[str]:
