@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from core.config import load
 from core.faults import ProcessFault, UserError
-from launch import placement
+from launch import placement, reservation
 from launch.placement import Bundle, Plan, Seat, Wanted, plan, plan_beside_others
 
 BARE = Wanted(
@@ -394,6 +394,19 @@ def test_what_can_be_refused_when_the_configuration_is_read(name):
     values, words = REFUSED[name]
     with pytest.raises(UserError, match=words):
         configured(**values)
+
+
+def test_a_gpu_has_the_name_that_ray_gives_it(monkeypatch):
+    for visible, names in (
+        (None, ["0", "1"]),
+        ("", ["0", "1"]),
+        ("2,3", ["2", "3"]),
+        ("GPU-a, GPU-b", ["GPU-a", "GPU-b"]),
+    ):
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        if visible is not None:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert [reservation.gpu_name(i) for i in range(2)] == names
 
 
 def test_this_machine_is_planned_by_what_torch_sees(monkeypatch):

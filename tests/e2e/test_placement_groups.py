@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -24,7 +25,8 @@ from core.config import load
 from core.faults import ProcessFault, UserError
 from core.schema import Config
 from launch import build, cluster, reservation
-from launch.reservation import Seats, reserve
+from launch.reservation import Seats, reserve, seats_of_run
+from trainer.ranks import Ranks
 
 pytestmark = pytest.mark.slow
 
@@ -106,15 +108,22 @@ def configured(task: Path, **overrides: object) -> Config:
 
 
 @contextmanager
-def reserved(cfg: Config, learners: list[tuple[str, str]], ranks: int = 1) -> Iterator[Seats]:
-    """As a run does it whose learners compute on those GPUs; given back at the end, as Ray does at that of the run."""
+def given_back() -> Iterator[None]:
+    """A block whose reservations end with it, as with a run."""
     try:
-        yield reserve(cfg, "cuda", learners, ranks)
+        yield
     finally:
         for name, state in groups().items():
-            if name.startswith("tokenppo-mine-") and state == "CREATED":
+            if name.startswith("tokenppo-mine-") and state != "REMOVED":
                 remove_placement_group(ray.util.get_placement_group(name))
         wait_for(lambda: sum(free().values()) == sum(GPUS))
+
+
+@contextmanager
+def reserved(cfg: Config, learners: list[tuple[str, str]], ranks: int = 1) -> Iterator[Seats]:
+    """The seats of a run whose learners compute on those GPUs."""
+    with given_back():
+        yield reserve(cfg, "cuda", learners, ranks)
 
 
 def free() -> dict[str, float]:
@@ -248,6 +257,35 @@ def test_a_learner_on_a_gpu_that_ray_gave_away_is_told_so(nodes, task):
         reserved(cfg, [(nodes.a, "3")]),
     ):
         pass
+
+
+def test_a_rank_says_where_it_computes(nodes, task, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    notes: list[str] = []
+    with given_back():
+        device = SimpleNamespace(type="cuda", index=0)
+        seats = seats_of_run(configured(task, rollout__workers=2), Ranks(), device, notes.append)
+        here = ray.get_runtime_context().get_node_id()
+        assert where(seated(seats.worker(1)))[:2] == (here, ["0"])
+    (line,) = notes
+    assert line.startswith("GPUs of ") and line.endswith(": learner 0 + workers 0, 1 (0.5 each)")
+
+
+def test_free_gpus_in_pieces_are_an_error_at_the_deadline(nodes, task, monkeypatch):
+    """Ray's count of what is free on a node adds them up: 0.4 of one GPU and 0.4 of another have no room for 0.5."""
+    monkeypatch.setattr(reservation, "READY_S", 2.0)
+    cfg = configured(task, resources__reward_gpus=0.5, resources__reward_placement="apart")
+    label = {reservation.NODE: nodes.b}
+    theirs = ray.util.placement_group([{"GPU": 0.6}] * 2, bundle_label_selector=[label] * 2)
+    assert theirs.wait(60)
+    with given_back():
+        try:
+            all_of_a = [(nodes.a, str(gpu)) for gpu in range(4)]
+            words = "within 2 s.*what is free is in pieces.*a placement group without a name \\(1.2\\)"
+            with pytest.raises(ProcessFault, match=words):
+                reserve(cfg, "cuda", all_of_a, 1)
+        finally:
+            remove_placement_group(theirs)
 
 
 def run_with_rewards_on_gpus(nodes: Nodes, task: Path, folder: Path, *options: str) -> Run:
