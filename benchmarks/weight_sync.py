@@ -116,7 +116,12 @@ def workers(n: int) -> Iterator[Rollouts]:
         }
 
     group = RolloutGroup(
-        list(range(n)), make_args, actor_options={"num_cpus": 0}, timeout_s=TIMEOUT_S, max_losses=0, note=print
+        list(range(n)),
+        make_args,
+        actor_options=lambda i: {"num_cpus": 0},
+        timeout_s=TIMEOUT_S,
+        max_losses=0,
+        note=print,
     )
     try:
         group.wait_ready()

@@ -201,6 +201,12 @@ class RolloutConfig(Section):
     """Deadline of one chunk, of a worker's start, and of its replacement."""
     max_worker_losses: int = Field(8, ge=0)
     """Workers of one learner process that may die or hang during the run before it stops."""
+    placement: Literal["colocated", "apart"] = "colocated"
+    """Where workers sit on a machine with GPUs: on those of learners, worker i beside learner i mod N, or on others
+    (docs/placement.md)."""
+    gpus_per_worker: float | None = Field(None, ge=0.01, le=1)
+    """Share of a GPU that Ray reserves for each worker; null: for the embedded engine an equal share of the GPU that it
+    sits on, for vLLM `tensor_parallel_size`. A share is a count: nothing keeps a worker from using more memory."""
     tensor_parallel_size: int = Field(1, ge=1, le=64)
     """Of vLLM: how many GPUs hold the model of one worker together and are reserved for it; on a CPU, processes."""
     gpu_memory: float | None = Field(None, gt=0, le=1)
@@ -237,6 +243,9 @@ class RolloutConfig(Section):
         if any(not text or "\N{REPLACEMENT CHARACTER}" in text for text in self.stop_strings):
             remedy = "each is at least a character, and none is U+FFFD, which stands for broken ones"
             refuse("stop_strings", self.stop_strings, remedy)
+        if self.gpus_per_worker is not None and self.tensor_parallel_size > 1:
+            remedy = f"a model on {self.tensor_parallel_size} GPUs (rollout.tensor_parallel_size) has them whole"
+            refuse("gpus_per_worker", self.gpus_per_worker, f"{remedy}; leave it out")
         given = {"environment_options", "environment_timeout_s", "max_turns"} & self.model_fields_set
         for leaf in sorted(given) if self.environment is None else ():
             if getattr(self, leaf) != type(self).model_fields[leaf].get_default(call_default_factory=True):
@@ -437,12 +446,25 @@ class ResourcesConfig(Section):
     reward_servers: int = Field(1, ge=1, le=256)
     """Reward servers (Ray actors) of each learner process; chunks go to them in turn."""
     reward_gpus: float = Field(0.0, ge=0)
-    """Share of a GPU that each reward server gets, for components that are models; 0 is the CPU."""
+    """Share of a GPU, or whole ones, that each reward server gets, for components that are models; 0 is the CPU."""
+    reward_placement: Literal["colocated", "apart"] = "colocated"
+    """Where reward servers with GPUs sit: each on that of its learner, or on others (docs/placement.md)."""
     reward_batch_size: int | None = Field(None, ge=1)
     """Most responses that a reward server scores together: waiting chunks of all workers are joined. null: each chunk
     by itself, so that a model gives the same bits whatever else is waiting."""
     collective_timeout_s: float = Field(1800, gt=0)
     """How long a learner process waits for the others wherever they meet."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> "ResourcesConfig":
+        def refuse(leaf: str, value: object, remedy: str) -> None:
+            raise PydanticCustomError("within", "{remedy}", {"leaf": leaf, "value": value, "remedy": remedy})
+
+        if self.reward_gpus and (self.reward_gpus < 0.01 or self.reward_gpus > 1 and self.reward_gpus % 1):
+            refuse("reward_gpus", self.reward_gpus, "is 0, or a share of at least 0.01, or a number of whole GPUs")
+        if self.reward_placement == "apart" and not self.reward_gpus:
+            refuse("reward_placement", "apart", "does nothing without resources.reward_gpus; set that, or leave it out")
+        return self
 
 
 class RunSection(Section):
@@ -537,6 +559,9 @@ class Config(Section):
         if self.sync.transport != "object_store" and self.rollout.max_staleness:
             remedy = "the learner would wait for workers that still write (rollout.max_staleness); take object_store"
             refuse("sync.transport", self.sync.transport, remedy)
+        if self.sync.transport == "cuda_ipc" and self.rollout.placement == "apart":
+            remedy = "reaches workers on the learner's GPU alone, and rollout.placement is apart; take collective"
+            refuse("sync.transport", "cuda_ipc", remedy)
         if self.rollout.engine == "transformers":
             for leaf in ("tensor_parallel_size", "gpu_memory", "sleep", "prefix_cache"):
                 value = getattr(self.rollout, leaf)

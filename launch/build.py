@@ -13,6 +13,7 @@ from core.reward_name import RewardName
 from core.schema import Config
 from launch import early, environment, interpreter
 from launch.cluster import thread_plan
+from launch.reservation import NO_SEATS, Seats
 from reward_server.client import RewardClient
 from reward_server.reference import ReferenceSpec
 from rollout.engines.engine import Engine
@@ -191,10 +192,13 @@ def rollouts(
     *,
     share: Shares | None = None,
     exchange: Exchange | None = None,
+    seats: Seats = NO_SEATS,
 ) -> Rollouts:
-    """Start the workers of this rank; they load the model from disk and get their first version from the learner."""
+    """Start the workers of this rank; they load the model from disk and get their first version from the learner.
+
+    `device`: cpu or cuda; which GPU that is, `seats` says."""
     share = share or shares(cfg)
-    group = _group(cfg, tokenizer, device, note, share.workers) if share.workers else None
+    group = _group(cfg, tokenizer, device, note, share.workers, seats) if share.workers else None
     ahead = cfg.rollout.max_staleness > 0
     return Rollouts(share, group, exchange, cfg.resources.collective_timeout_s, ahead=ahead)
 
@@ -249,17 +253,23 @@ def engine_loader(cfg: Config, stop: tuple[int, ...], device: str) -> Callable[[
     )
 
 
-def worker_options(cfg: Config, device: str) -> dict[str, Any]:
-    """Ray's options for each rollout worker."""
-    options: dict[str, Any] = {"num_cpus": 0}  # of Ray's count: on a small host the last actor would wait for ever
-    if cfg.rollout.engine == "vllm" and device != "cpu":
-        options["num_gpus"] = cfg.rollout.tensor_parallel_size
+def worker_options(cfg: Config, seats: Seats, number: int) -> dict[str, Any]:
+    """Ray's options for a rollout worker. Raises ProcessFault where the node of its GPU is gone."""
+    # No CPU of Ray's count: on a small host the last actor would wait for ever.
+    options: dict[str, Any] = {"num_cpus": 0} | seats.worker(number)
     if cfg.rollout.python is not None:
         options["runtime_env"] = interpreter.environment(cfg.rollout.python)
     return options
 
 
-def _group(cfg: Config, tokenizer: Any, device: str, note: Callable[[str], None], workers: list[int]) -> RolloutGroup:
+def _group(
+    cfg: Config,
+    tokenizer: Any,
+    device: str,
+    note: Callable[[str], None],
+    workers: list[int],
+    seats: Seats = NO_SEATS,
+) -> RolloutGroup:
     load_engine = engine_loader(cfg, stop_ids(cfg.model.path, tokenizer.eos_token_id), device)
     _, threads = thread_plan(cfg)
 
@@ -271,7 +281,7 @@ def _group(cfg: Config, tokenizer: Any, device: str, note: Callable[[str], None]
     return RolloutGroup(
         workers,
         make_args,
-        actor_options=worker_options(cfg, device),
+        actor_options=functools.partial(worker_options, cfg, seats),
         timeout_s=cfg.rollout.timeout_s,
         max_losses=cfg.rollout.max_worker_losses,
         note=note,
@@ -279,7 +289,14 @@ def _group(cfg: Config, tokenizer: Any, device: str, note: Callable[[str], None]
     )
 
 
-def reward_client(cfg: Config, functions: dict[str, Callable] | None, note: Callable[[str], None]) -> RewardClient:
+def reward_client(
+    cfg: Config,
+    functions: dict[str, Callable] | None,
+    note: Callable[[str], None],
+    *,
+    rank: int = 0,
+    seats: Seats = NO_SEATS,
+) -> RewardClient:
     """Start the reward servers of this rank."""
     return RewardClient(
         cfg.rewards,
@@ -289,7 +306,8 @@ def reward_client(cfg: Config, functions: dict[str, Callable] | None, note: Call
         max_dropped_frac=cfg.run.max_dropped_frac,
         note=note,
         servers=cfg.resources.reward_servers,
-        gpus=cfg.resources.reward_gpus,
+        device="cuda" if cfg.resources.reward_gpus else "cpu",
+        actor_options=functools.partial(seats.server, rank),
         batch_size=cfg.resources.reward_batch_size,
         reference=ReferenceSpec(
             model=cfg.model.path,

@@ -30,7 +30,7 @@ def cores() -> int:
 
 
 def device(cfg: Config) -> str:
-    """`cpu` or `cuda`. Raises UserError where cuda is asked for and there is none, or not enough of it."""
+    """`cpu` or `cuda`. Raises UserError where cuda is asked for and there is none, or a key does nothing on a CPU."""
     import torch
 
     if cfg.resources.device == "cuda" and not torch.cuda.is_available():
@@ -38,12 +38,6 @@ def device(cfg: Config) -> str:
     if cfg.resources.reward_gpus and cfg.resources.ray_address is None and not torch.cuda.is_available():
         raise UserError(f"resources.reward_gpus = {cfg.resources.reward_gpus:g}: torch sees no CUDA device; give 0")
     if cfg.resources.device != "cpu" and torch.cuda.is_available():
-        wanted = cfg.rollout.workers * cfg.rollout.tensor_parallel_size
-        if cfg.rollout.engine == "vllm" and cfg.resources.ray_address is None and wanted > torch.cuda.device_count():
-            raise UserError(
-                f"rollout.workers = {cfg.rollout.workers}: with vLLM they take {wanted} GPUs,"
-                f" rollout.tensor_parallel_size each, and torch sees {torch.cuda.device_count()}; give fewer"
-            )
         return "cuda"
     for leaf in ("gpu_memory", "sleep"):
         if value := getattr(cfg.rollout, leaf):
@@ -51,6 +45,13 @@ def device(cfg: Config) -> str:
                 f"rollout.{leaf} = {str(value).lower()}: does nothing on a CPU, where vLLM has no GPU to share or to"
                 " leave; leave it out"
             )
+    if cfg.rollout.gpus_per_worker is not None:
+        raise UserError(
+            f"rollout.gpus_per_worker = {cfg.rollout.gpus_per_worker:g}: does nothing on a CPU, where workers have no"
+            " GPU; leave it out"
+        )
+    if cfg.rollout.placement == "apart":
+        raise UserError("rollout.placement = apart: does nothing on a CPU, where no GPU is shared; leave it out")
     return "cpu"
 
 

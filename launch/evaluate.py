@@ -6,6 +6,7 @@ from pathlib import Path
 from core.config import load
 from core.faults import UserError
 from launch import build, cluster, early, environment, interpreter
+from launch.reservation import reserve
 from trainer.evaluate import summary_of
 from trainer.loop import evaluate
 from trainer.ranks import Ranks
@@ -31,9 +32,11 @@ def evaluate_run(run: Path, *, weights: str, data: str | None) -> dict[str, floa
     _, held_out = build.prompt_streams(cfg, tokenizer)
     with ExitStack() as stack:
         stack.enter_context(cluster.ray_session(cfg))
-        group = build.rollouts(cfg, tokenizer, cluster.device(cfg), print)
+        device = cluster.device(cfg)
+        seats = reserve(cfg, device, [], 1)
+        group = build.rollouts(cfg, tokenizer, device, print, seats=seats)
         stack.callback(group.close)
-        rewards = build.reward_client(cfg, None, print)
+        rewards = build.reward_client(cfg, None, print, seats=seats)
         stack.callback(rewards.close)
         rewards.wait_ready()
         group.wait_ready()

@@ -20,7 +20,7 @@ from accelerate.utils import DistributedType, InitProcessGroupKwargs
 
 from core.faults import ProcessFault, UserError
 from core.schema import Config
-from launch import cluster
+from launch import cluster, placement
 from trainer.ranks import Ranks
 
 
@@ -34,6 +34,7 @@ def join(cfg: Config, stack: ExitStack, note: Callable[[str], None]) -> tuple[Ac
     _refuse(device, deepspeed)
     rank, world = cluster.launched()
     cluster.refuse_transport(cfg, device, world)
+    placement.of_machine(cfg, device, world)
     ours = "bf16" if cfg.model.dtype == "bfloat16" else "no"
     if os.environ.get("ACCELERATE_MIXED_PRECISION", "no") not in ("no", ours) and rank == 0:
         note(f"the mixed_precision of the accelerate file is not used: model.dtype is {cfg.model.dtype}")

@@ -1,7 +1,7 @@
 """What a run would do, in words and numbers, without doing any of it: `tokenppo train --dry-run`."""
 
 from core.schema import Config, RewardConfig
-from launch import cluster, early, environment, room
+from launch import cluster, early, environment, placement, room
 from rollout.prompts import leak
 
 GIB = 2**30
@@ -16,7 +16,9 @@ def plan(cfg: Config, learners: int = 1) -> str:
     cluster.prepare_hub(cfg)
     early.check_rewards(cfg, columns=columns)
     environment.check(cfg)
-    cluster.refuse_transport(cfg, cluster.device(cfg), learners)
+    device = cluster.device(cfg)
+    cluster.refuse_transport(cfg, device, learners)
+    seats = placement.of_machine(cfg, device, learners)
     from launch import build  # seconds of imports: what needs none of them was asked before
 
     tokenizer = build.load_tokenizer(cfg.model.path)
@@ -52,6 +54,7 @@ def plan(cfg: Config, learners: int = 1) -> str:
         f"processes  {learners} learner{'s' * (learners > 1)} ({learner_threads} threads),"
         f" {cfg.rollout.workers} rollout workers ({'vLLM, ' * vllm}{worker_threads} threads each),"
         f" {servers} reward server{'s' * (servers > 1)}",
+        *_seats_in_words(seats, cfg),
         f"one step   {cfg.prompts_per_step} prompts x {cfg.rollout.n_samples_per_prompt} samples = {batch} responses"
         f" in {-(-batch // cfg.rollout.chunk_size)} chunks of {cfg.rollout.chunk_size}, up to"
         f" {cfg.rollout.max_new_tokens} tokens each",
@@ -68,6 +71,14 @@ def plan(cfg: Config, learners: int = 1) -> str:
         + (f"; {', '.join(cfg.log.trackers)}" if cfg.log.trackers else ""),
     ]
     return "\n".join(lines)
+
+
+def _seats_in_words(seats: placement.Plan | None, cfg: Config) -> list[str]:
+    if seats is None:
+        lines = [f"decided when the Ray at {cfg.resources.ray_address} is joined, by the GPUs that are free there"]
+    else:
+        lines = seats.lines or ["no GPUs"]
+    return [f"{'placement' if not i else '':10} {line}" for i, line in enumerate(lines)]
 
 
 def _weight(spec: RewardConfig) -> str:

@@ -24,6 +24,7 @@ from core.schema import Config
 from launch import build, cluster, early, environment, learners, room, run_folder, trained
 from launch.exchange import Exchange
 from launch.last_words import on_sigterm, undisturbed_end
+from launch.reservation import seats_of_run
 from launch.stopping import Stopping
 from launch.trackers import Trackers
 from launch.trained import Trained
@@ -182,11 +183,14 @@ def _train(
     if ranks.is_main:
         console.print(f"{folder}: starting Ray, {_parts_in_words(cfg, ranks)}", soft_wrap=True)
     exchange = _join_ray(job, parts)
+    seats = seats_of_run(cfg, ranks, job.accelerator.device, note)
     share = build.shares(cfg, ranks.index, ranks.size)
     with ranks.together():
-        rollouts = build.rollouts(cfg, job.tokenizer, str(job.accelerator.device), note, share=share, exchange=exchange)
+        rollouts = build.rollouts(
+            cfg, job.tokenizer, job.accelerator.device.type, note, share=share, exchange=exchange, seats=seats
+        )
         parts.callback(rollouts.close)
-        rewards = build.reward_client(cfg, job.inline.functions, note)
+        rewards = build.reward_client(cfg, job.inline.functions, note, rank=ranks.index, seats=seats)
         parts.callback(rewards.close)
         lm = load_causal_lm(cfg.model.path, job.accelerator.device)
         ref_lm = build.reference_lm(cfg, job.accelerator.device)

@@ -44,27 +44,31 @@ class RewardClient:
         max_dropped_frac: float,
         note: Callable[[str], None],
         servers: int = 1,
-        gpus: float = 0.0,
+        device: str = "cpu",
+        actor_options: Callable[[int], dict[str, Any]] = lambda number: {},
         batch_size: int | None = None,
         reference: ReferenceSpec | None = None,
     ) -> None:
-        """`servers` replicas with `gpus` of a GPU each, which join chunks to `batch_size` responses, or none; each has
-        the `reference` too, if there is one."""
+        """`servers` replicas, which join chunks to `batch_size` responses, or none; each has the `reference` too, if
+        there is one. `actor_options`: number of a replica -> Ray's options for the seat of its GPU, if `device` is
+        cuda."""
         self._args = (components, load_tokenizer)
-        self._kwargs = {"functions": functions, "device": "cuda" if gpus else "cpu", "batch_size": batch_size}
+        self._kwargs = {"functions": functions, "device": device, "batch_size": batch_size}
         self._kwargs["reference"] = reference
         # Actors take no CPU of Ray's count: on a small host the last one would wait for ever.
-        self._actor = {"num_cpus": 0, "num_gpus": gpus, "max_restarts": 0}
+        self._actor = {"num_cpus": 0, "num_gpus": 0, "max_restarts": 0}
         if batch_size is not None:
             self._actor["max_concurrency"] = MAX_WAITING_CHUNKS
         self._timeout_s, self._max_dropped_frac, self._note = timeout_s, max_dropped_frac, note
         self.counters: Counter[str] = Counter()
-        self._servers = [self._spawn() for _ in range(servers)]
+        self._seat = actor_options
+        self._servers = [self._spawn(number) for number in range(servers)]
         self._sent = 0
         self._unanswered: list[PendingScores] = []  # in the order in which they were sent
 
-    def _spawn(self) -> Any:
-        return ray.remote(RewardServer).options(**self._actor).remote(*self._args, **self._kwargs)
+    def _spawn(self, number: int) -> Any:
+        options = self._actor | self._seat(number)
+        return ray.remote(RewardServer).options(**options).remote(*self._args, **self._kwargs)
 
     def wait_ready(self) -> list[int]:
         """Until tokenizer and components are loaded; the process ids of the servers. Raises what they raised."""
@@ -167,8 +171,8 @@ class RewardClient:
             )
         self._note(f"the reward server {'missed its deadline' if hung else 'died'}; a new one starts and scores again")
         ray.kill(server)
-        fresh = self._spawn()
-        self._servers[self._servers.index(server)] = fresh
+        number = self._servers.index(server)
+        fresh = self._servers[number] = self._spawn(number)
         self._greet(fresh)
 
     def _drop(self, failures: list[ScoreFailure], n_samples: int) -> None:

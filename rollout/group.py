@@ -63,7 +63,7 @@ class RolloutGroup:
         workers: list[int],
         make_args: Callable[[str], tuple[tuple, dict]],
         *,
-        actor_options: dict[str, Any],
+        actor_options: Callable[[int], dict[str, Any]],
         timeout_s: float,
         max_losses: int,
         note: Callable[[str], None],
@@ -73,7 +73,8 @@ class RolloutGroup:
         Args:
             workers: numbers of the workers in the whole job that this group has.
             make_args: name of a worker -> positional and keyword arguments of its `RolloutWorker`.
-            actor_options: Ray's options for each worker (num_cpus, num_gpus, runtime_env).
+            actor_options: number of a worker -> Ray's options for it (num_cpus, runtime_env, the seat of its GPU),
+                asked at every start. Raises ProcessFault where it can have no place.
             note: told in one line of each worker that is lost.
             rest: tell the workers when all chunks are written, so that they free their devices until the next call.
         """
@@ -175,7 +176,8 @@ class RolloutGroup:
     def _spawn(self, slot: _Slot) -> None:
         slot.incarnation += 1
         args, kwargs = self._make_args(slot.name)
-        slot.actor = ray.remote(RolloutWorker).options(max_restarts=0, **self._actor_options).remote(*args, **kwargs)
+        options = self._actor_options(slot.index)
+        slot.actor = ray.remote(RolloutWorker).options(max_restarts=0, **options).remote(*args, **kwargs)
         slot.ready, slot.chunk, slot.result = False, [], None
         slot.receipt = slot.actor.hello.remote()
         if self._latest is not None:

@@ -15,6 +15,7 @@ from core.faults import UserError
 from core.schema import Config
 from core.weights import Probe, named_tensors
 from launch import build, cluster, interpreter
+from launch.reservation import NO_SEATS
 from rollout.engines.transformers_engine import TransformersEngine
 from rollout.engines.vllm_engine import VLLMEngine, engine_arguments, request_seed, sampling_arguments
 from rollout.worker import RolloutWorker
@@ -171,12 +172,9 @@ def test_the_engine_of_a_worker_is_the_configured_one(folder):
     )
 
 
-def test_a_worker_gets_the_gpus_and_the_interpreter_that_it_needs(folder):
-    assert build.worker_options(configured(folder), "cpu") == {"num_cpus": 0}
-    parallel = configured(folder, rollout__tensor_parallel_size=2)
-    assert build.worker_options(parallel, "cuda") == {"num_cpus": 0, "num_gpus": 2}
-    assert build.worker_options(parallel, "cpu") == {"num_cpus": 0}
-    options = build.worker_options(configured(folder, rollout__python="/opt/v/bin/python"), "cpu")
+def test_a_worker_gets_the_interpreter_that_it_needs(folder):
+    assert build.worker_options(configured(folder), NO_SEATS, 0) == {"num_cpus": 0}
+    options = build.worker_options(configured(folder, rollout__python="/opt/v/bin/python"), NO_SEATS, 1)
     house = str(Path(build.__file__).parents[1])
     environment = {"py_executable": "/opt/v/bin/python", "env_vars": {"PYTHONPATH": house}}
     assert options == {"num_cpus": 0, "runtime_env": environment}
@@ -206,20 +204,13 @@ def test_what_cannot_be_is_refused_when_the_configuration_is_read(folder, overri
     assert "\n" not in str(refused.value) and all(word in str(refused.value) for word in words), refused.value
 
 
-@pytest.mark.parametrize("leaf", ["sleep", "gpu_memory"])
-def test_what_does_nothing_on_a_cpu_is_refused_there(folder, leaf):
-    cfg = configured(folder, **{f"rollout__{leaf}": 1}, resources__device="cpu") if leaf == "gpu_memory" else None
-    cfg = cfg or configured(folder, rollout__sleep=True, resources__device="cpu")
+@pytest.mark.parametrize(
+    ("leaf", "value"), [("sleep", True), ("gpu_memory", 1), ("placement", "apart"), ("gpus_per_worker", 0.5)]
+)
+def test_what_does_nothing_on_a_cpu_is_refused_there(folder, leaf, value):
+    cfg = configured(folder, **{f"rollout__{leaf}": value}, resources__device="cpu")
     with pytest.raises(UserError, match=f"rollout.{leaf} = .*does nothing on a CPU"):
         cluster.device(cfg)
-
-
-def test_more_gpus_than_there_are_are_refused(folder, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    assert cluster.device(configured(folder, rollout__tensor_parallel_size=2)) == "cuda"
-    with pytest.raises(UserError, match="rollout.workers = 2: with vLLM they take 8 GPUs.*sees 4"):
-        cluster.device(configured(folder, rollout__tensor_parallel_size=4))
 
 
 def test_an_interpreter_is_asked_what_it_has(folder, tmp_path):

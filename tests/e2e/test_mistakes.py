@@ -65,6 +65,11 @@ MISTAKES: dict[str, tuple[list[str], dict[str, str], list[str]]] = {
     "no mapping": ([], {"config.yaml": "- a\n"}, ["config.yaml", "list"]),
     "batch that does not divide": (["--ppo.mini_batch_size", "3"], {}, ["ppo.mini_batch_size", "3", "[2, 4]"]),
     "samples that do not divide": (["--rollout.n_samples_per_prompt", "3"], {}, ["rollout.batch_size", "[6, 9]"]),
+    "a share of a GPU on a CPU": (
+        ["--resources.device", "cpu", "--rollout.gpus_per_worker", "0.5"],
+        {},
+        ["rollout.gpus_per_worker", "0.5", "does nothing on a CPU"],
+    ),
     "missing model": (["--model.path", "./absent"], {}, ["model.path", "absent", "no such folder"]),
     "no causal LM": (["--model.path", "./t5"], {}, ["model.path", "t5", "no causal language model"]),
     "model folder without config": (["--model.path", "./empty"], {"empty/x": ""}, ["model.path", "empty"]),

@@ -1,0 +1,215 @@
+"""The GPUs of a plan, held in Ray by two placement groups. Ray ends them with the driver that made them, killed or not.
+
+    rank r   node and GPU that it computes on  ->  rank 0
+    rank 0   nodes and what is free  ->  plan (launch/placement.py), or an error at once
+             group of the learners: so their GPUs are nobody else's   ->  which GPU is which bundle?
+             group of all who sit apart from them
+    rank 0   Seats  ->  rank r, for Ray's options of its workers and reward servers
+
+Learners are no actors, so Ray cannot be told which GPU a learner has: it gives out the lowest that are free, which are
+the learners' where they come first. That it was so is looked at, not believed. What waits here waits for Ray to make a
+group, READY_S at most; two runs that reach for the same GPU at the same time are both told so.
+"""
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray._private.state import available_resources_per_node  # the public one adds up all nodes
+from ray.exceptions import GetTimeoutError, RayError
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from core.faults import ProcessFault, UserError
+from core.schema import Config
+from launch.placement import Bundle, Plan, Wanted, plan_beside_others
+from trainer.ranks import Ranks
+
+READY_S = 60.0  # for a group that has room: milliseconds; and for the first process in it to start
+FREED_S = 2.0  # until Ray has noticed the end of a run that ended a moment ago
+NODE = "ray.io/node-id"  # a label that Ray gives each node
+
+
+@dataclass(frozen=True)
+class Held:
+    """A bundle of a placement group."""
+
+    group: PlacementGroup
+    index: int
+    node: str  # id
+    place: str  # its name
+
+
+@dataclass(frozen=True)
+class Seats:
+    """Ray's options for those who have a GPU; of everybody else there are none. Ranks hand it to each other."""
+
+    plan: Plan = Plan()
+    held: tuple[Held, ...] = ()  # by the plan's number of the bundle
+    servers_of_rank: int = 0
+
+    def worker(self, number: int) -> dict[str, Any]:
+        """Of rollout worker `number`, also when it is started again. Raises ProcessFault where its node is gone."""
+        return self._seat(f"worker-{number}", self.plan.workers, number)
+
+    def server(self, rank: int, number: int) -> dict[str, Any]:
+        """Of a reward server of `rank`, as `worker`."""
+        return self._seat("the reward server", self.plan.servers, rank * self.servers_of_rank + number)
+
+    def _seat(self, who: str, seats: tuple, number: int) -> dict[str, Any]:
+        if not seats:
+            return {}
+        seat, held = seats[number], self.held[seats[number].bundle]
+        if held.node not in _alive():
+            raise ProcessFault(
+                f"{who} has its GPU on node {held.place}, and Ray has lost that node; start the run again, it goes on"
+                " from its last checkpoint"
+            )
+        return _options(held, seat.gpus)
+
+
+NO_SEATS = Seats()  # on CPUs
+
+
+def seats_of_run(cfg: Config, ranks: Ranks, device: Any, note: Callable[[str], None]) -> Seats:
+    """What every rank needs to start its actors; all ranks call it, in Ray. Rank 0 notes who sits where.
+
+    `device`: torch's, of the learner.
+
+    Raises:
+        UserError: the plan does not fit on the cluster. ProcessFault: others hold what it wants, or were faster.
+    """
+    if not Wanted.of(cfg, device.type, ("",) * ranks.size, ranks.size).any:
+        return NO_SEATS
+    learners: list[tuple[str, str]] = []
+    if device.type != "cpu":
+        learners = ranks.gather((ray.get_runtime_context().get_node_id(), gpu_name(device.index or 0)))
+    with ranks.together():
+        seats = reserve(cfg, device.type, learners, ranks.size) if ranks.is_main else None
+        for line in seats.plan.lines if seats else ():
+            note(f"GPUs of {line}")
+    return ranks.from_main(seats)
+
+
+def gpu_name(index: int) -> str:
+    """How Ray names the GPU that is `cuda:index` in this process."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible.split(",")[index].strip() if visible else str(index)
+
+
+def reserve(cfg: Config, device: str, learners: list[tuple[str, str]], ranks: int) -> Seats:
+    """Plan and hold. `learners`: node id and name of the GPU of each learner, by rank; [] where none has one. Raises as
+    `seats_of_run`."""
+    places = _places()
+    ids = {place: node for node, place in places.items()}
+    wanted = Wanted.of(cfg, device, tuple(places[node] for node, _ in learners), ranks)
+    made = _plan(wanted, places)
+    of_learners = [bundle for bundle in made.bundles if bundle.learners]
+    others = [bundle for bundle in made.bundles if not bundle.learners]
+    held: list[Held] = []
+    for what, bundles in (("learners", of_learners), ("others", others)):
+        if bundles:
+            group = _hold(f"tokenppo-{cfg.run.name}-{what}", bundles, ids)
+            held += [Held(group, i, ids[bundle.node], bundle.node) for i, bundle in enumerate(bundles)]
+        if what == "learners":
+            held = _in_order(held, of_learners, learners)
+    return Seats(made, tuple(held), wanted.servers_of_rank)
+
+
+def _plan(wanted: Wanted, places: dict[str, str]) -> Plan:
+    """Tries for FREED_S, since Ray may not have heard yet of GPUs that were given back."""
+    deadline = time.monotonic() + FREED_S
+    while True:
+        total, free = _gpus(places)
+        try:
+            return plan_beside_others(wanted, total, free, _holders(sum(total.values()) - sum(free.values())))
+        except ProcessFault:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
+
+
+def _hold(name: str, bundles: list[Bundle], ids: dict[str, str]) -> PlacementGroup:
+    group = placement_group(
+        [{"GPU": bundle.gpus} for bundle in bundles],
+        bundle_label_selector=[{NODE: ids[bundle.node]} for bundle in bundles],
+        name=name,
+    )
+    if not group.wait(READY_S):
+        total, free = _gpus(_places())
+        raise ProcessFault(
+            f"Ray did not reserve {[bundle.gpus for bundle in bundles]} GPUs on"
+            f" {', '.join(sorted({bundle.node for bundle in bundles}))} within {READY_S:g} s, though they were free:"
+            f" somebody else was faster, or what is free is in pieces. Now {free} of {total} are free, Ray has given"
+            f" the others to {_holders(sum(total.values()) - sum(free.values()))}"
+        )
+    return group
+
+
+def _in_order(held: list[Held], bundles: list[Bundle], learners: list[tuple[str, str]]) -> list[Held]:
+    """The bundles of learners by the GPU that each turned out to be. Raises UserError where Ray gave other GPUs."""
+    look = ray.remote(num_cpus=0, max_retries=0)(_gpu_ids)
+    asked = [look.options(**_options(h, b.gpus)).remote() for h, b in zip(held, bundles, strict=True)]
+    try:
+        of_bundle = ray.get(asked, timeout=READY_S)
+    except (RayError, GetTimeoutError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ProcessFault(
+            f"Ray did not say within {READY_S:g} s which GPUs it reserved for learners: {reason}"
+        ) from None
+    holder = {(h.node, gpu): h for h, gpus in zip(held, of_bundle, strict=True) for gpu in gpus}
+    for rank, (node, gpu) in enumerate(learners):
+        if (node, gpu) not in holder:
+            given = sorted(name for where, name in holder if where == node)
+            raise UserError(
+                f"learner rank {rank} computes on GPU {gpu} of its node, and Ray, which gives out the lowest free ones"
+                f" first, has only {', '.join(given)} for the learners there; start them on those, by"
+                f" CUDA_VISIBLE_DEVICES={','.join(given)}, or end what holds GPU {gpu} in Ray"
+            )
+    if any(len(bundle.learners) > 1 for bundle in bundles):  # nobody sits on single ones; wide ones are all alike
+        return held
+    return [holder[learners[bundle.learners[0]]] for bundle in bundles]
+
+
+def _options(held: Held, gpus: float) -> dict[str, Any]:
+    place = PlacementGroupSchedulingStrategy(held.group, placement_group_bundle_index=held.index)
+    return {"num_gpus": gpus, "scheduling_strategy": place}
+
+
+def _gpu_ids() -> list[str]:
+    return [str(gpu) for gpu in ray.get_gpu_ids()]
+
+
+def _alive() -> dict[str, Any]:
+    """Node id -> what Ray says of it."""
+    return {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
+
+
+def _places() -> dict[str, str]:
+    """Id of each node -> its address, with the id where several have one address."""
+    addresses = {node: info["NodeManagerAddress"] for node, info in _alive().items()}
+    alone = len(set(addresses.values())) == len(addresses)
+    return {node: address if alone else f"{address} ({node[:8]})" for node, address in addresses.items()}
+
+
+def _gpus(places: dict[str, str]) -> tuple[dict[str, float], dict[str, float]]:
+    """Place -> GPUs of the node, and those that nobody has reserved, for nodes that have GPUs."""
+    free, alive = available_resources_per_node(), _alive()
+    total = {place: alive[node]["Resources"].get("GPU", 0.0) for node, place in places.items() if node in alive}
+    left = {place: free.get(node, {}).get("GPU", 0.0) for node, place in places.items()}
+    return {p: n for p, n in total.items() if n}, {p: left[p] for p, n in total.items() if n}
+
+
+def _holders(taken: float) -> str:
+    """In words, who has so many GPUs of the cluster: groups by name, the rest is of actors and tasks."""
+    groups = []
+    for group in placement_group_table().values():
+        gpus = sum(bundle.get("GPU", 0.0) for bundle in group["bundles"].values())
+        if gpus and group["state"] == "CREATED":
+            groups.append(f"{group['name'] or 'a placement group without a name'} ({gpus:g})")
+            taken -= gpus
+    rest = [f"actors and tasks outside of placement groups ({taken:g})"] if taken > 1e-4 else []
+    return ", ".join([*groups, *rest]) or "nobody"
