@@ -20,7 +20,6 @@ from rich.console import Console
 
 from core.faults import TERMINATED, StorageFault, UserError, exit_code_of
 from core.schema import Config
-from core.trajectory_table import json_text
 from launch import build, cluster, early, environment, learners, room, run_folder, trained, under_way
 from launch.exchange import Exchange
 from launch.last_words import on_sigterm, undisturbed_end
@@ -167,8 +166,7 @@ def _read_input(cfg: Config, inline: Inline) -> dict[str, Any]:
     prompts, held_out = build.prompt_streams(cfg, tokenizer, inline.rows, inline.eval_rows)
     early.check_rewards(cfg, inline.functions, prompts.columns)
     if cfg.rollout.in_rounds:
-        for row, place in zip(prompts.rows, prompts.places, strict=True):
-            json_text(row, f"rollout.round_tokens = {cfg.rollout.round_tokens}: {place}")
+        under_way.refuse_columns(cfg, prompts)
     return {"tokenizer": tokenizer, "prompts": prompts, "held_out": held_out}
 
 

@@ -3,8 +3,10 @@
 import json
 from typing import TYPE_CHECKING
 
+from core.schema import Config
 from core.trajectory import Trajectory
 from core.under_way import Saved, UnderWay, deal
+from rollout.prompts import PromptStream
 from rollout.rounds import RoundPlan
 from trainer.backlog import READY
 
@@ -15,6 +17,17 @@ if TYPE_CHECKING:
 def file_of(rank: int) -> str:
     """Its path in the folder of a checkpoint."""
     return f"under_way/rank-{rank}.parquet"
+
+
+def refuse_columns(cfg: Config, prompts: PromptStream) -> None:
+    """Raise UserError for rows that no checkpoint could give back; of augmented ones the first is looked at."""
+    from core.trajectory_table import json_text
+
+    rows = zip(prompts.rows, prompts.places, strict=True)
+    if cfg.data.augment is not None:
+        rows = [(prompts.first(1)[0].columns, f"data.augment = {cfg.data.augment}: prompt 0")]
+    for row, where in rows:
+        json_text(row, f"rollout.round_tokens = {cfg.rollout.round_tokens}: {where}")
 
 
 def read(saved: "Checkpoint", plan: RoundPlan) -> tuple[UnderWay, list[Trajectory]]:

@@ -79,7 +79,7 @@ def test_a_checkpoint_of_another_version_is_refused_in_one_line(tmp_path, learne
     checkpoint.save(tmp_path, learner, {}, keep=1)
     assert checkpoint.latest(tmp_path).step == 1
     monkeypatch.setattr(checkpoint, "FORMAT", checkpoint.FORMAT + 1)
-    with pytest.raises(UserError, match=r"another version .*format 3, .*--run\.name"):
+    with pytest.raises(UserError, match=r"another version .*format 4, .*--run\.name"):
         checkpoint.latest(tmp_path)
 
 

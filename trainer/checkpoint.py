@@ -262,7 +262,8 @@ def _write_table(path: Path, table: "pa.Table") -> None:
     import pyarrow.parquet
 
     path.parent.mkdir(exist_ok=True)
-    pyarrow.parquet.write_table(table, path)
+    with open(path, "wb") as stream:
+        pyarrow.parquet.write_table(table, stream)
 
 
 def flush(folder: Path, *, deep: bool = True) -> None:
