@@ -165,8 +165,7 @@ def _read_input(cfg: Config, inline: Inline) -> dict[str, Any]:
     tokenizer = build.load_tokenizer(cfg.model.path)
     prompts, held_out = build.prompt_streams(cfg, tokenizer, inline.rows, inline.eval_rows)
     early.check_rewards(cfg, inline.functions, prompts.columns)
-    if cfg.rollout.in_rounds:
-        under_way.refuse_columns(cfg, prompts)
+    under_way.refuse_columns(cfg, prompts)
     return {"tokenizer": tokenizer, "prompts": prompts, "held_out": held_out}
 
 

@@ -21,6 +21,8 @@ def file_of(rank: int) -> str:
 
 def refuse_columns(cfg: Config, prompts: PromptStream) -> None:
     """Raise UserError for rows that no checkpoint could give back; of augmented ones the first is looked at."""
+    if not cfg.rollout.in_rounds:
+        return
     from core.trajectory_table import json_text
 
     rows = zip(prompts.rows, prompts.places, strict=True)

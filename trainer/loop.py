@@ -77,8 +77,8 @@ class Rewards(Protocol):
         """Have each chunk scored the moment it is finished; returns after the last response."""
         ...
 
-    def collect(self, pending: list[Any]) -> list[Trajectory]:
-        """The scored trajectories, sorted by ordinal."""
+    def collect(self, pending: list[Any], at_least: int = 0) -> list[Trajectory]:
+        """The scored trajectories, sorted by ordinal. `at_least`: samples that the bound of lost ones is a share of."""
         ...
 
 
@@ -146,7 +146,8 @@ def train(
             with log.time("rollout"):
                 written, version = ahead.take(step)
             with log.time("reward"):
-                trajectories = state.backlog.batch(written, rewards.collect(written.pending))
+                scored = rewards.collect(written.pending, at_least=len(written.requests))
+                trajectories = state.backlog.batch(written, scored)
                 account(cfg, written.requests, trajectories, version=version, older=cfg.rollout.in_rounds)
 
         with log.time("annotate"):

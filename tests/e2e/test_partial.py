@@ -15,6 +15,7 @@ from launch.trained import uids_by_step
 
 pytestmark = pytest.mark.slow
 
+NAME = "r"  # uids are made of it
 STEPS, PROMPTS, EXTRA = 5, 32, 16
 OPTIONS = ("--run.deterministic", "--run.steps", str(STEPS), "--run.save_every", "2", "--run.eval_every", "100")
 OPTIONS += ("--data.eval_prompts", "8", "--rollout.batch_size", str(PROMPTS), "--ppo.mini_batch_size", "16")
@@ -23,7 +24,7 @@ OPTIONS += ("--rollout.chunk_size", "8", "--rollout.round_tokens", "10", "--roll
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory) -> Run:
-    run = Run(tmp_path_factory.mktemp("partial") / "quiet", *OPTIONS)
+    run = Run(tmp_path_factory.mktemp("partial") / NAME, *OPTIONS)
     assert run.end() == 0, run.words()
     return run
 
@@ -51,25 +52,19 @@ def test_a_checkpoint_has_responses_in_all_their_states(undisturbed):
     over = [t for t in rows if t.finish_reason is not None]
     assert len(rows) == EXTRA and 0 < len(over) < EXTRA
     assert all(t.component_rewards for t in over)
-    assert {len({*t.policy_version.tolist()}) for t in rows} >= {1, 2}
+    assert all(len(t) >= 10 and not t.component_rewards for t in rows if t.finish_reason is None)
 
 
-def test_another_number_of_workers_one_of_which_is_killed_in_a_round_changes_no_number(undisturbed, tmp_path: Path):
-    run = Run(tmp_path / "killed", *OPTIONS, "--rollout.workers", "3")
-    run.wait_for(lambda: len(run.rows()) >= 2)
+def test_another_number_of_workers_a_lost_one_and_a_killed_run_change_no_number(undisturbed, tmp_path: Path):
+    """The worker dies among rounds and its responses are gone on with by others; then everything is killed."""
+    options = (*OPTIONS, "--rollout.workers", "3")
+    run = Run(tmp_path / NAME, *options)
+    run.wait_for(lambda: len(run.rows()) >= 1)
     psutil.Process(run.pids()["worker-0"]).kill()
-    assert run.end() == 0, run.words()
-    assert "worker-0 died" in run.words()
-    same_numbers(undisturbed.rows(), run.rows())
-    assert uids_by_step(run.folder) == uids_by_step(undisturbed.folder)
-    assert weights(run) == weights(undisturbed)
-
-
-def test_a_killed_run_goes_on_bit_for_bit_with_what_was_under_way(undisturbed, tmp_path: Path):
-    run = Run(tmp_path / "resumed", *OPTIONS)
     run.wait_for(lambda: len(run.rows()) >= 3)
+    assert "worker-0 died" in run.words()
     run.kill()
-    run = Run(tmp_path / "resumed", *OPTIONS)
+    run = Run(tmp_path / NAME, *options)
     assert run.end() == 0, run.words()
     assert "going on from step 2" in run.words()
     same_numbers(undisturbed.rows(), run.rows())
@@ -79,7 +74,7 @@ def test_a_killed_run_goes_on_bit_for_bit_with_what_was_under_way(undisturbed, t
 
 def test_rounds_are_written_ahead_and_a_run_of_two_learners_goes_on_with_one(tmp_path: Path):
     """Two ranks write one step ahead; between two rounds newer weights come in. Killed, one rank goes on with all."""
-    start = functools.partial(Run, tmp_path / "two", *OPTIONS, "--rollout.max_staleness", "1")
+    start = functools.partial(Run, tmp_path / NAME, *OPTIONS, "--rollout.max_staleness", "1")
     run = start("--accelerate", "ddp")
     run.wait_for(lambda: len(run.rows()) >= 3)
     staleness = [row["staleness/mean"] for row in run.rows()[:3]]
