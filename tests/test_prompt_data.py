@@ -316,12 +316,12 @@ def test_the_order_of_an_epoch_is_kept_while_one_of_its_prompts_is_under_way(fol
     row = [r.columns["n"] for r in stream.take(4)][1]
     stream.observe([(o, float(-o)) for o in (4, 6, 7)], trained=7, oldest=5)
     stream.take(4)
-    stream.observe([(8, 0.0), (9, 5.0)], trained=9, oldest=5)
+    stream.observe([(9, 0.0), (10, 5.0)], trained=9, oldest=5)
     other = streams(folder, tokenizer, numbered(4), path="p.jsonl", measure_difficulty=True, curriculum_epochs=9)[0]
     other.restore(json.loads(json.dumps(stream.state)))
     for it in (stream, other):
         assert it._columns[it.order.row_at(5)]["n"] == row
-        it.observe([(5, 1.0), (10, 2.0)], trained=11, oldest=11)
+        it.observe([(5, 1.0), (8, 2.0)], trained=11, oldest=11)
         it.observe([(11, 1.0)], trained=12)
         with pytest.raises(AssertionError, match="kept no longer"):
             it.order.row_at(5)

@@ -169,6 +169,26 @@ def test_a_small_run_by_hand(monkeypatch):
     assert chunks == [[0, 1, 2], [1, 2], [3, 4], [3, 5], [3], [3], [3]]
 
 
+def test_where_a_batch_is_ready_already_one_round_is_written_all_the_same(monkeypatch):
+    """Or what is long would stand still under every policy whose batch is full without it."""
+    monkeypatch.setattr(sys.modules[__name__], "length_of", lambda r: [8, 3, 8, 5, 30, 7][r.ordinal])
+    cfg = configured(
+        **{"rollout.batch_size": 2, "rollout.n_samples_per_prompt": 1, "ppo.mini_batch_size": 2},
+        **{"rollout.extra_prompts": 2, "run.steps": 3},
+    )
+    it = Rank(cfg)
+    assert [[t.order[0] for t in it.step(step)] for step in (1, 2)] == [[0, 1], [2, 3]]
+    last = it.step(3)
+    assert [t.order[0] for t in last] == [4, 5]
+    assert last[0].policy_version.tolist() == [1] * 8 + [2] * 22 and {*last[1].policy_version.tolist()} == {1}
+
+
+def test_prompts_of_one_round_are_ready_by_ordinal():
+    way = UnderWay().take([request(o) for o in (40, 9, 8, 3)]).after_round([])
+    assert way.ready == (3, 8, 9, 40)
+    assert UnderWay(ready=(40,), prompts={40: ()}).take([request(3)]).after_round([]).ready == (40, 3)
+
+
 @pytest.mark.parametrize("staleness", [0, 2])
 @pytest.mark.parametrize("n_ranks", [1, 2, 3])
 def test_every_sample_is_trained_on_once_and_each_rank_has_its_quota_in_every_step(n_ranks, staleness):
