@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 import torch
 from accelerate import Accelerator
@@ -73,6 +75,17 @@ def test_another_error_while_saving_keeps_its_name(tmp_path, learner):
     learner.save_state = lambda folder: (_ for _ in ()).throw(RuntimeError("peer failed to write to its socket"))
     with pytest.raises(RuntimeError, match="socket"):
         checkpoint.save(tmp_path, learner, {}, keep=1)
+
+
+def test_a_table_of_a_rank_is_part_of_the_checkpoint(tmp_path, learner):
+    name, table = "under_way/rank-0.parquet", pa.table({"a": [1, 2]})
+    checkpoint.save(tmp_path, learner, {}, keep=1, tables={name: table})
+    place = checkpoint.latest(tmp_path).folder
+    assert pa.parquet.read_table(place / name) == table
+    (place / name).write_bytes((place / name).read_bytes()[:-1] + b"x")
+    assert checkpoint.damage_of(place) == f"{name} holds other bytes than were written"
+    (place / name).unlink()
+    assert checkpoint.damage_of(place) == f"{name} is missing"
 
 
 def test_a_checkpoint_of_another_version_is_refused_in_one_line(tmp_path, learner, monkeypatch):
