@@ -1,12 +1,13 @@
 """Responses in rounds (`rollout.round_tokens`): what a step's writing takes where lengths have a long tail.
 
-    python benchmarks/rounds.py --json out.json                        # a 1.1 M model on the CPU, minutes
+    python benchmarks/rounds.py --json out.json                        # a 1.8 M model on the CPU, minutes
     python benchmarks/rounds.py --json out.json --device cuda --size small --dtype bfloat16
 
 The engine alone, with random weights and without a learner; lengths are drawn, lognormal, and the engine ends each
-response at its own. Whole batches and rounds are timed in turns over the same steps. `busy` is the share of slots with
-a response in them, over all tokens that were waited for: what a GPU, whose time for a token hardly depends on how many
-are written, can win at most. `older` is the mean number of steps between a token and the batch that it is in.
+response at its own. Whole batches and rounds are timed in turns over the same steps. `passes` are those of the model
+that were waited for, a token of every slot each, by the tokens that came into batches: what a GPU, whose time for a
+pass hardly depends on how many slots are in use, can win at most. `busy` is the share of slots that were in use.
+`older` is the mean number of steps between a token and the batch that it is in.
 """
 
 import argparse
@@ -111,6 +112,7 @@ class Steps:
             "seconds": seconds,
             "rounds": rounds,
             "tokens": len(versions),
+            "passes": self.engine.waited,
             "busy": self.engine.alive / (self.engine.waited * slots),
             "older": float(self.step - versions.mean()),
         }
@@ -159,19 +161,24 @@ def main() -> int:
         for name, step in steps.items():  # in turns: what else the machine does hits all alike
             rows[name] += [step()] if number >= WARM_UP else [step()][:0]
         print(f"step {number + 1} of {WARM_UP + args.steps}", file=sys.stderr, flush=True)
-    per_token = {name: sum(r["seconds"] for r in of) / sum(r["tokens"] for r in of) for name, of in rows.items()}
+
+    def beside_whole(name: str, what: str) -> str:
+        a_token = [sum(r[what] for r in rows[n]) / sum(r["tokens"] for r in rows[n]) for n in (name, "whole")]
+        return f"{a_token[0] / a_token[1]:.2f}"
+
     lines = [
         [
             name,
             f"{median(r['seconds'] for r in of):.2f}",
-            f"{per_token[name] / per_token['whole']:.2f}",
+            beside_whole(name, "seconds"),
+            beside_whole(name, "passes"),
             f"{mean(r['busy'] for r in of):.2f}",
             f"{mean(r['rounds'] for r in of):.1f}",
             f"{mean(r['older'] for r in of):.2f}",
         ]
         for name, of in rows.items()
     ]
-    heads = ["way", "step, s", "time a token / whole", "busy", "rounds", "older"]
+    heads = ["way", "step, s", "time a token / whole", "passes a token / whole", "busy", "rounds", "older"]
     print(f"{circumstances()}\n\n{table(heads, lines)}")
     args.json.write_text(json.dumps({"circumstances": circumstances(), "rows": rows}, indent=1) + "\n")
     return 0
