@@ -82,7 +82,7 @@ class Stub:
     def use_weights(self) -> None:
         """They are."""
 
-    def generate(self, requests: list[PromptRequest], begun: object = None) -> list[Generation]:
+    def generate(self, requests: list[PromptRequest], begun: object = None, most: object = None) -> list[Generation]:
         one = Generation(
             response_ids=np.array([1]),
             logprobs=self.logprobs(PROBE.prompt_ids, PROBE.response_ids)[0],
@@ -170,7 +170,7 @@ class Bench:
             ordinal=0, k=0, sample_uid=sample_uid("b", 0, 0), prompt_ids=np.array([1]), columns={}, seed=0
         )
         chunks = [[request] for _ in self.actors]
-        tokens = [ref for _, ref in self.rollouts._group.generate(chunks)]
+        tokens = [ref for _, ref, _ in self.rollouts._group.generate(chunks)]
         seconds = time.perf_counter() - started
         want = float(self.learner.logprobs(PROBE.prompt_ids, PROBE.response_ids)[0, 0])
         for (trajectory,) in self._ray.get(tokens, timeout=TIMEOUT_S):

@@ -34,8 +34,11 @@ class Facts:
 
     @classmethod
     def of(cls, cfg: Config) -> "Facts":
-        weighted = [spec for spec in cfg.rewards.values() if spec.weight != 0]
-        return cls(dtype=cfg.model.dtype, oldest=float(cfg.rollout.max_staleness), components=len(weighted))
+        rollout, weighted = cfg.rollout, [spec for spec in cfg.rewards.values() if spec.paid]
+        oldest = rollout.max_staleness
+        if rollout.in_rounds:  # a step has a round at least, and what is ready may wait for the step after
+            oldest += math.ceil(rollout.max_new_tokens / rollout.round_tokens) + 1
+        return cls(dtype=cfg.model.dtype, oldest=float(oldest), components=len(weighted))
 
     @property
     def same_logprob(self) -> tuple[float, float]:

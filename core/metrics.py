@@ -376,6 +376,28 @@ SECTIONS: dict[str, tuple[Metric, ...]] = {
             "none: a maximum over tokens",
             "below 1e-3 in fp32",
         ),
+        Metric(
+            "partial/waiting",
+            "Responses under way after the step: not over, or over and in no batch yet. With rollout.round_tokens.",
+            "responses",
+            "none: of all ranks",
+            "rollout.extra_prompts times rollout.n_samples_per_prompt, until the last steps use it up",
+        ),
+        Metric(
+            "partial/length_ratio",
+            "Mean length of the responses of the step, by the mean length so far of these and of those still under way."
+            " With rollout.round_tokens.",
+            "1",
+            "mean length so far of all responses that were not trained on before the step",
+            "settles near 1; far below, short responses are trained on first",
+        ),
+        Metric(
+            "partial/rounds",
+            "Rounds that were written for the step. With rollout.round_tokens.",
+            "rounds",
+            "learner processes",
+            "1; more where too few prompts were ready, which more of rollout.extra_prompts helps",
+        ),
     ),
     "Is it fast?": (
         Metric(

@@ -186,6 +186,13 @@ class RolloutConfig(Section):
     max_staleness: int = Field(0, ge=0)
     """Batches that are written ahead while the learner works: that of step s comes of the policy after step
     s - 1 - max_staleness at the oldest, and PPO's ratio is against that policy. 0: strictly on-policy."""
+    round_tokens: int | None = Field(None, ge=1)
+    """Most tokens that a response gets in one round, under one version of the weights. What is not over by then waits
+    and goes on in a later round, under newer weights if a step came between; the first prompts whose samples are all
+    over make the batch, and PPO's ratio is against the policies that wrote. null: responses are written whole."""
+    extra_prompts: int = Field(0, ge=0)
+    """Of `round_tokens`: prompts under way besides those of a step, at most as many. Those that are over first are
+    trained on first, the others later; none is thrown away."""
     slots: int = Field(64, ge=1)
     """Most responses that a worker writes side by side. No id depends on it; memory for keys and values does."""
     environment: str | None = Field(None, min_length=1)
@@ -217,6 +224,16 @@ class RolloutConfig(Section):
     until the next sync, for a learner on the same GPU."""
     prefix_cache: bool = True
     """Of vLLM: keep keys and values of prompts for other responses that begin alike; dropped at each weight sync."""
+
+    @property
+    def in_rounds(self) -> bool:
+        """Whether responses may be left and gone on with under newer weights."""
+        return self.round_tokens is not None
+
+    @property
+    def off_policy(self) -> bool:
+        """Whether tokens may be of older weights than those that learn from them."""
+        return self.max_staleness > 0 or self.in_rounds
 
     @property
     def filters(self) -> dict[str, float]:
@@ -253,6 +270,19 @@ class RolloutConfig(Section):
         if self.environment is not None and self.environment_timeout_s >= self.timeout_s:
             remedy = f"must be less than rollout.timeout_s = {self.timeout_s:g}, the deadline of a whole chunk"
             refuse("environment_timeout_s", self.environment_timeout_s, remedy)
+        if self.in_rounds:
+            if self.round_tokens >= self.max_new_tokens:
+                remedy = f"does nothing: no response is longer than rollout.max_new_tokens = {self.max_new_tokens}"
+                refuse("round_tokens", self.round_tokens, f"{remedy}; give less, or leave it out")
+            if self.chunk_size % self.n_samples_per_prompt:
+                n = self.n_samples_per_prompt
+                remedy = f"with rollout.round_tokens a multiple of rollout.n_samples_per_prompt {n}, so that no prompt"
+                refuse("chunk_size", self.chunk_size, f"must be, {remedy} is parted; {n * -(-self.chunk_size // n)} is")
+            if self.environment is not None:
+                remedy = "what an environment holds of a response does not outlive a round (rollout.environment)"
+                refuse("round_tokens", self.round_tokens, f"{remedy}; take one of the two away")
+        elif self.extra_prompts:
+            refuse("extra_prompts", self.extra_prompts, "does nothing without rollout.round_tokens; set that too")
         return self
 
 
@@ -341,8 +371,9 @@ class PPOConfig(Section):
     """Bound of the loss of tokens with negative advantage, in units of |A|; off by default."""
     importance_cap: float | None = Field(None, gt=0)
     """Weigh the policy loss of each token by exp(old_logprobs - rollout_logprobs), at most this (2 is usual): corrects
-    for an engine that does not sample from quite what the learner computes. With `rollout.max_staleness` it corrects
-    for the older policy, and the ratio is against the policy before the step (decoupled PPO). Off if null."""
+    for an engine that does not sample from quite what the learner computes. With `rollout.max_staleness` or
+    `rollout.round_tokens` it corrects for the older policy, and the ratio is against the policy before the step
+    (decoupled PPO). Off if null."""
     cliprange_value: float = Field(0.2, gt=0)
     """A value may move this far from the old one before its loss is clipped."""
     vf_coef: float = Field(0.1, ge=0)
@@ -556,6 +587,9 @@ class Config(Section):
         if batch % mini:
             near = _nearest_divisors(batch, mini)
             refuse("ppo.mini_batch_size", mini, f"does not divide rollout.batch_size {batch}; nearest are {near}")
+        if self.rollout.extra_prompts > self.prompts_per_step:
+            remedy = f"is more than the {self.prompts_per_step} prompts of a step (rollout.batch_size /"
+            refuse("rollout.extra_prompts", self.rollout.extra_prompts, f"{remedy} n_samples_per_prompt); give less")
         if self.sync.transport != "object_store" and self.rollout.max_staleness:
             remedy = "the learner would wait for workers that still write (rollout.max_staleness); take object_store"
             refuse("sync.transport", self.sync.transport, remedy)

@@ -105,8 +105,8 @@ class Trajectory:
     rollout_logprobs: np.ndarray  # [T] float32, rollout engine
     action_mask: np.ndarray  # [T] bool, rollout/worker
     token_offsets: np.ndarray  # [T, 2] int64, rollout/worker
-    policy_version: np.ndarray  # [T] int64, rollout/worker
-    finish_reason: FinishReason  # rollout/worker; an aborted response is never trained on
+    policy_version: np.ndarray  # [T] int64, rollout/worker; several where the response was left and gone on with
+    finish_reason: FinishReason | None  # rollout/worker; aborted ones are never trained on. None: it is not over yet
     finished_at: float  # rollout/worker, seconds since the epoch: for reports only, nothing is decided by it
     kept: KeptTokens | None = None  # rollout engine; None: every token was drawn from the whole vocabulary
     component_rewards: dict[str, np.ndarray] = field(default_factory=dict)  # name -> [T] float64 raw, reward_server

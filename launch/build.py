@@ -31,6 +31,7 @@ from rollout.prompts import (
     split_off,
     training_order,
 )
+from rollout.rounds import RoundPlan
 from rollout.shares import Exchange, Rollouts, Shares
 
 
@@ -174,8 +175,28 @@ def critic(cfg: Config, device: Any) -> tuple[Any, Any] | None:
 
 
 def shares(cfg: Config, rank: int = 0, n_ranks: int = 1) -> Shares:
-    """Which chunks and which workers are those of one learner rank."""
+    """Which chunks and which workers are those of one learner rank. Raises UserError where it must have workers and
+    there are too few."""
+    if cfg.rollout.in_rounds and n_ranks > cfg.rollout.workers:
+        raise UserError(
+            f"rollout.workers = {cfg.rollout.workers}: with rollout.round_tokens each of the {n_ranks} learner"
+            f" processes drives workers of its own; give {n_ranks} or more"
+        )
     return Shares(rank, n_ranks, cfg.rollout.workers, cfg.rollout.chunk_size)
+
+
+def round_plan(cfg: Config, share: Shares) -> RoundPlan | None:
+    """How a learner rank has its batches written in rounds; None where they are written whole."""
+    if cfg.rollout.round_tokens is None:
+        return None
+    return RoundPlan(
+        tokens=cfg.rollout.round_tokens,
+        prompts_per_step=cfg.prompts_per_step,
+        n_samples=cfg.rollout.n_samples_per_prompt,
+        chunk_size=share.chunk_size,
+        rank=share.rank,
+        n_ranks=share.n_ranks,
+    )
 
 
 def source_digest(fn: str) -> str | None:
@@ -199,8 +220,8 @@ def rollouts(
     `device`: cpu or cuda; which GPU that is, `seats` says."""
     share = share or shares(cfg)
     group = _group(cfg, tokenizer, device, note, share.workers, seats) if share.workers else None
-    ahead = cfg.rollout.max_staleness > 0
-    return Rollouts(share, group, exchange, cfg.resources.collective_timeout_s, ahead=ahead)
+    ahead, plan = cfg.rollout.max_staleness > 0, round_plan(cfg, share)
+    return Rollouts(share, group, exchange, cfg.resources.collective_timeout_s, ahead=ahead, plan=plan)
 
 
 def environment_spec(cfg: Config) -> EnvironmentSpec | None:

@@ -1,7 +1,7 @@
 """What a run would do, in words and numbers, without doing any of it: `tokenppo train --dry-run`."""
 
 from core.schema import Config, RewardConfig
-from launch import cluster, early, environment, placement, room
+from launch import cluster, early, environment, placement, room, under_way
 from rollout.prompts import leak
 
 GIB = 2**30
@@ -22,7 +22,9 @@ def plan(cfg: Config, learners: int = 1) -> str:
     from launch import build  # seconds of imports: what needs none of them was asked before
 
     tokenizer = build.load_tokenizer(cfg.model.path)
+    build.shares(cfg, n_ranks=learners)
     prompts, held_out = build.prompt_streams(cfg, tokenizer)
+    under_way.refuse_columns(cfg, prompts)
     if columns is None:  # rows that were not read before: of a dataset id, or a large file
         early.check_rewards(cfg, columns=prompts.columns)
     n_parameters, n_layers, n_vocab = build.model_size(cfg.model.path)

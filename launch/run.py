@@ -21,7 +21,7 @@ from rich.console import Console
 from core.diagnosis import Diagnosis, Facts
 from core.faults import TERMINATED, StorageFault, UserError, exit_code_of
 from core.schema import Config
-from launch import build, cluster, early, environment, learners, room, run_folder, trained
+from launch import build, cluster, early, environment, learners, room, run_folder, trained, under_way
 from launch.exchange import Exchange
 from launch.last_words import on_sigterm, undisturbed_end
 from launch.reservation import seats_of_run
@@ -30,7 +30,7 @@ from launch.trackers import Trackers
 from launch.trained import Trained
 from launch.weight_transport import make_transport
 from rollout.prompts import PromptStream, leak
-from rollout.shares import Rollouts
+from rollout.shares import Rollouts, Shares
 from trainer import checkpoint
 from trainer.checkpoint import Checkpoint, save_pretrained
 from trainer.evaluate import summary_of
@@ -73,6 +73,7 @@ class Job:
     tokenizer: Any
     prompts: PromptStream
     held_out: PromptStream | None
+    share: Shares
 
     @property
     def folder(self) -> Path:
@@ -99,6 +100,7 @@ def run(cfg: Config, inline: Inline = Inline(), *, lives_on: bool = True) -> Run
                 accelerator=accelerator,
                 ranks=ranks,
                 console=console,
+                share=build.shares(cfg, ranks.index, ranks.size),
                 **_read_input(cfg, inline),
             )
         if ranks.is_main and (warning := leak(job.prompts, job.held_out)):
@@ -165,6 +167,7 @@ def _read_input(cfg: Config, inline: Inline) -> dict[str, Any]:
     tokenizer = build.load_tokenizer(cfg.model.path)
     prompts, held_out = build.prompt_streams(cfg, tokenizer, inline.rows, inline.eval_rows)
     early.check_rewards(cfg, inline.functions, prompts.columns)
+    under_way.refuse_columns(cfg, prompts)
     return {"tokenizer": tokenizer, "prompts": prompts, "held_out": held_out}
 
 
@@ -183,8 +186,7 @@ def _train(
     if ranks.is_main:
         console.print(f"{folder}: starting Ray, {_parts_in_words(cfg, ranks)}", soft_wrap=True)
     exchange = _join_ray(job, parts)
-    seats = seats_of_run(cfg, ranks, job.accelerator.device, note)
-    share = build.shares(cfg, ranks.index, ranks.size)
+    seats, share = seats_of_run(cfg, ranks, job.accelerator.device, note), job.share
     with ranks.together():
         rollouts = build.rollouts(
             cfg, job.tokenizer, job.accelerator.device.type, note, share=share, exchange=exchange, seats=seats
@@ -240,6 +242,10 @@ def _train(
         if end is not None and getattr(cfg.run, end["stopped"]) == end["limit"]:
             summary |= end  # it died between this checkpoint and the end that was decided on
         job.prompts.restore(saved.state["prompts"])
+        if (plan := build.round_plan(cfg, share)) is not None:
+            left, responses = under_way.read(saved, plan)
+            rollouts.restore(left)
+            state.backlog.restore(left, responses)
     summary["seconds"]["start"] = round(time.perf_counter() - started, 3)
 
     inputs = _fingerprints(job) if ranks.is_main else {}
@@ -288,7 +294,9 @@ def _train(
                 "trackers": trackers.ids if trackers else {},
                 "config": cfg.model_dump(mode="json"),
             }
-            checkpoint.save(folder / run_folder.CHECKPOINTS, learner, content, keep=cfg.run.keep_checkpoints)
+            tables = {under_way.file_of(ranks.index): state.backlog.table()} if cfg.rollout.in_rounds else None
+            where, keep = folder / run_folder.CHECKPOINTS, cfg.run.keep_checkpoints
+            checkpoint.save(where, learner, content, keep=keep, tables=tables)
         return reason is None
 
     title = f"{cfg.run.name}: {Path(cfg.model.path).name} on {', '.join(Path(p).name for p in cfg.data.sources)}"

@@ -97,8 +97,9 @@ class RewardClient:
         self._unanswered.append(scores)
         return scores
 
-    def collect(self, pending: list[PendingScores]) -> list[Trajectory]:
-        """The scored trajectories, sorted by (ordinal, k), each once.
+    def collect(self, pending: list[PendingScores], at_least: int = 0) -> list[Trajectory]:
+        """The scored trajectories, sorted by (ordinal, k), each once. `run.max_dropped_frac` is a share of them, or of
+        `at_least` samples where there are fewer: of those of a step, of which only a part may have been written now.
 
         A sample that a component failed on is tried once more, alone, then dropped and counted.
         Raises RewardFault above `run.max_dropped_frac`, ProcessFault if the server keeps dying or misses its deadline.
@@ -114,7 +115,7 @@ class RewardClient:
             self.counters["scores_retried"] += len(again)
             failures = [failure for failure in failures if not failure.try_alone]
             failures += [failure for scores in again for failure in self._fetch(scores, scored)]
-            self._drop(failures, len(scored) + len(failures))
+            self._drop(failures, max(at_least, len(scored) + len(failures)))
         return sorted(scored.values(), key=lambda t: t.order)
 
     def close(self) -> None:

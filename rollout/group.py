@@ -1,7 +1,7 @@
 """RolloutGroup: the driver's side of the rollout workers. Deals out chunks, replaces workers that die or hang.
 
     driver (one thread)                               worker i (one call at a time)
-      generate(chunks)  --chunk-->                      generate            -> refs, receipt
+      generate(chunks)  --chunk-->                      generate            -> refs; what is not over, as a receipt
       wait: any receipt, or the nearest deadline  <---  (dies, hangs, answers)
       yield refs of the chunk that is ready             next chunk
       open_update, stage --manifest, buckets-->         begin, receive*            (while buckets are still made)
@@ -14,7 +14,7 @@ twice unseen. A replacement gets the latest weights before its first chunk. `clo
 
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,7 +22,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from core.faults import Fault, ProcessFault, TransitFault
-from core.trajectory import PromptRequest
+from core.trajectory import PromptRequest, Trajectory
 from core.weights import Probe, WeightAck, WeightManifest
 from rollout.worker import RolloutWorker
 
@@ -94,16 +94,35 @@ class RolloutGroup:
         while starting := [slot for slot in self._slots if not slot.ready]:
             self._await_any(starting)
 
-    def generate(self, chunks: list[list[PromptRequest]]) -> Iterator[tuple[int, Any]]:
-        """Yield (place in `chunks`, ObjectRef of list[Trajectory]) of each as it is finished. Nothing is fetched."""
+    def generate(
+        self,
+        chunks: list[list[PromptRequest]],
+        begun: Mapping[str, Trajectory | None] | None = None,
+        most: int | None = None,
+    ) -> Iterator[tuple[int, Any, list[Trajectory]]]:
+        """Yield (place in `chunks`, ObjectRef of list[Trajectory], unfinished ones) of each as it is finished. Only the
+        unfinished are fetched; without `most` there are none, and the workers rest at the end.
+
+        `begun`, by sample uid, and `most`: as RolloutWorker.generate has them.
+        """
         todo = deque(enumerate(chunks))
         while todo or any(slot.chunk for slot in self._slots):
             for slot in self._slots:
                 if todo and slot.ready and not slot.chunk:
-                    self._assign(slot, *todo.popleft())
+                    self._assign(slot, *todo.popleft(), begun or {}, most)
             yield from self._await_any([s for s in self._slots if s.receipt is not None], todo)
-        if self._rest:
-            self._let_rest()
+        if most is None:
+            self.let_rest()
+
+    def let_rest(self) -> None:
+        """Until every worker that serves has freed its device, where that is configured: the learner wants it next."""
+        if not self._rest:
+            return
+        for slot in self._slots:
+            if slot.ready:
+                slot.receipt, slot.deadline = slot.actor.rest.remote(), time.monotonic() + self._timeout_s
+        while resting := [slot for slot in self._slots if slot.ready and slot.receipt is not None]:
+            self._await_any(resting)
 
     def open_update(self, manifest: WeightManifest) -> list[str]:
         """Tell every worker that serves which version comes; names of those that were told. Waits for nothing."""
@@ -165,14 +184,6 @@ class RolloutGroup:
                 ray.kill(slot.actor)
                 slot.actor = slot.receipt = None
 
-    def _let_rest(self) -> None:
-        """Until every worker that serves has freed its device: the learner wants it next."""
-        for slot in self._slots:
-            if slot.ready:
-                slot.receipt, slot.deadline = slot.actor.rest.remote(), time.monotonic() + self._timeout_s
-        while resting := [slot for slot in self._slots if slot.ready and slot.receipt is not None]:
-            self._await_any(resting)
-
     def _spawn(self, slot: _Slot) -> None:
         slot.incarnation += 1
         args, kwargs = self._make_args(slot.name)
@@ -192,13 +203,22 @@ class RolloutGroup:
             slot.actor.receive_bucket.remote(index, bucket)
         return slot.actor.commit_update.remote(update.probe, update.digests)
 
-    def _assign(self, slot: _Slot, number: int, chunk: list[PromptRequest]) -> None:
+    def _assign(
+        self,
+        slot: _Slot,
+        number: int,
+        chunk: list[PromptRequest],
+        begun: Mapping[str, Trajectory | None],
+        most: int | None,
+    ) -> None:
         slot.number, slot.chunk = number, chunk
-        slot.result, slot.receipt = slot.actor.generate.options(num_returns=2).remote(chunk)
+        starts = [begun.get(request.sample_uid) for request in chunk] if begun else None
+        slot.result, slot.receipt = slot.actor.generate.options(num_returns=2).remote(chunk, starts, most)
         slot.deadline = time.monotonic() + self._timeout_s
 
-    def _await_any(self, slots: list[_Slot], todo: deque | None = None) -> list[tuple[int, Any]]:
-        """Wait until one of the slots has news or a deadline passes; returns number and ref of finished chunks."""
+    def _await_any(self, slots: list[_Slot], todo: deque | None = None) -> list[tuple[int, Any, list[Trajectory]]]:
+        """Wait until one of the slots has news or a deadline passes; returns what `generate` yields of chunks that
+        are done."""
         timeout = max(0.0, min(slot.deadline for slot in slots) - time.monotonic())
         done, _ = ray.wait([slot.receipt for slot in slots], num_returns=1, timeout=timeout)
         finished = []
@@ -220,7 +240,7 @@ class RolloutGroup:
                 raise self._cause(error, slot) from None
             slot.receipt = None
             if slot.chunk:
-                finished.append((slot.number, slot.result))
+                finished.append((slot.number, slot.result, answer))
                 slot.chunk, slot.result = [], None
             elif not slot.ready:
                 if isinstance(answer, WeightAck):

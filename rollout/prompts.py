@@ -272,8 +272,8 @@ class PromptStream:
         self._limit = min(data.max_prompt_tokens, window) if window is not None else data.max_prompt_tokens
         self._tokenizer, self._prompt_column, self._stop = tokenizer, data.prompt_column, stop
         self.rows = rows
-        places = places or [Place(source, i) for i in range(len(rows))]
-        self.prompt_ids = [self._encode(row, place) for row, place in zip(rows, places, strict=True)]
+        self.places = places or [Place(source, i) for i in range(len(rows))]
+        self.prompt_ids = [self._encode(row, place) for row, place in zip(rows, self.places, strict=True)]
         self._columns = [self._columns_of(row) for row in rows]
         self.run_id, self.seed, self.position = run_id, seed, 0
         self.order = order or Order.of_all(len(rows), seed=seed, shuffle=False)
@@ -332,8 +332,13 @@ class PromptStream:
         """The first prompts, one sample each, as an evaluation wants them; the position stays."""
         return [self._request(ordinal, 0) for ordinal in range(min(n_prompts, len(self.rows)))]
 
-    def observe(self, totals: Iterable[tuple[int, float]]) -> dict[str, float]:
+    def observe(
+        self, totals: Iterable[tuple[int, float]], *, trained: int | None = None, oldest: int | None = None
+    ) -> dict[str, float]:
         """Take in (ordinal, total reward) of each sample of a step, of all ranks. Gives metrics.
+
+        `trained`: prompts that were trained on so far; None: all up to the last of these. `oldest`: a prompt that is
+        under way since before some of these, and still to be observed.
 
         A prompt whose samples all got one total has no signal; `skip_solved` such visits in a row leave its row out of
         the epochs that have not begun. A prompt of which fewer than two samples are there is not judged.
@@ -342,7 +347,8 @@ class PromptStream:
         for ordinal, total in totals:
             samples.setdefault(ordinal, []).append(total)
         flat = {o: _is_flat(samples[o]) for o in sorted(samples) if len(samples[o]) > 1}
-        trained = max(samples) + 1 if samples else self.position  # what is written ahead is not trained on yet
+        if trained is None:
+            trained = max(samples) + 1 if samples else self.position  # what is written ahead is not trained on yet
         means = {"data/epochs": trained / len(self.rows)}
         if self.order.measures and samples:
             mean = {ordinal: math.fsum(of) / len(of) for ordinal, of in sorted(samples.items())}
@@ -362,7 +368,7 @@ class PromptStream:
             self.order.leave_out(leaving, self.position)
             means["data/rows_left_out"] = len(self.order.left_out)
         if samples:
-            self.order.forget_before(min(samples))
+            self.order.forget_before(min([*samples, *([] if oldest is None else [oldest])]))
         return means
 
     def _request(self, ordinal: int, k: int) -> PromptRequest:

@@ -14,10 +14,12 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from core.faults import ProcessFault
-from core.trajectory import PromptRequest
+from core.trajectory import PromptRequest, Trajectory
+from core.under_way import UnderWay, Written
 from core.weights import WeightManifest
 from rollout.group import RolloutGroup, WeightUpdate
 from rollout.in_order import InOrder
+from rollout.rounds import RoundPlan
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,8 @@ class Exchange(Protocol):
 
 
 class Rollouts:
-    """The rollouts of one rank: `start` takes the requests of all ranks and has the chunks of this one written.
+    """The rollouts of one rank: `start` takes the requests of all ranks and has the chunks of this one written;
+    `start_batch` does so for a batch to train on, in rounds where these are planned.
 
     Batches and weight updates happen in the order in which they were asked for; `ahead`: in the background.
     """
@@ -76,9 +79,11 @@ class Rollouts:
         timeout_s: float = 1800,
         *,
         ahead: bool = False,
+        plan: RoundPlan | None = None,
     ) -> None:
         """
         Args:
+            plan: of batches that are written in rounds; with it every rank drives workers of its own.
             group: the workers that this rank drives; None for a guest.
             exchange: None where there are neither guests nor hosts.
             timeout_s: longest wait of a guest for its next chunk.
@@ -87,6 +92,7 @@ class Rollouts:
         self.counters: Counter[str] = group.counters if group is not None else Counter()
         self._in_order = InOrder(in_background=ahead)
         self._ahead = ahead
+        self._plan, self._under_way = plan, UnderWay()  # the latter is that of the calls in order
 
     @property
     def pids(self) -> dict[str, int]:
@@ -121,6 +127,10 @@ class Rollouts:
         done = self._in_order.run(commit)
         return None if self._ahead else done.result()
 
+    def restore(self, under_way: UnderWay) -> None:
+        """Go on with what a checkpoint has. Before anything is asked for."""
+        self._under_way = under_way
+
     def close(self) -> None:
         if self._group is not None:
             self._group.close()
@@ -141,6 +151,40 @@ class Rollouts:
 
         return self._in_order.run(write)
 
+    def start_batch(self, requests: list[PromptRequest], submit: Callable[[Iterator[Any]], list[Any]]) -> Future:
+        """Have a batch written: the responses to `requests`, which all ranks took for it; or, in rounds, as many
+        prompts, the first that became ready of all that were taken so far. The Future of a Written."""
+
+        def whole() -> Written:
+            began = time.perf_counter()
+            pending = submit(self._generate(requests))
+            return Written(requests=self.share(requests), pending=pending, seconds=time.perf_counter() - began)
+
+        return self._in_order.run(whole if self._plan is None else lambda: self._in_rounds(requests, submit))
+
+    def _in_rounds(self, requests: list[PromptRequest], submit: Callable[[Iterator[Any]], list[Any]]) -> Written:
+        """One round where anything is under way, so that what is long moves on in every step, and more of them, under
+        the same weights, until a batch is ready."""
+        began, pending, rounds = time.perf_counter(), [], 0
+        way, quota = self._under_way.take(self._plan.of_rank(requests)), self._plan.quota
+        while (way.begun and not rounds) or len(way.ready) < quota:
+            assert way.begun, f"{len(way.ready)} of {quota} prompts are ready and no others are under way"
+            unfinished: list[Trajectory] = []
+            pending += submit(self._round(way, unfinished))
+            way, rounds = way.after_round(unfinished), rounds + 1
+        self._group.let_rest()
+        batch, self._under_way = way.batch(quota)
+        seconds = time.perf_counter() - began
+        return Written(requests=batch, pending=pending, seconds=seconds, rounds=rounds, under_way=self._under_way)
+
+    def _round(self, way: UnderWay, unfinished: list[Trajectory]) -> Iterator[Any]:
+        """Have all that is not over written on; yields references to what is over, and collects the rest."""
+        chunks = self._plan.chunks(way.writing)
+        for number, over, left in self._group.generate(chunks, way.begun, self._plan.tokens):
+            unfinished += left
+            if len(left) < len(chunks[number]):
+                yield over
+
     def _generate(self, requests: list[PromptRequest]) -> Iterator[Any]:
         shares = self._shares
         if self._group is None:
@@ -155,7 +199,7 @@ class Rollouts:
         longest = max(len(queue) for queue in queues.values())
         todo = [(rank, queue[i]) for i in range(longest) for rank, queue in queues.items() if i < len(queue)]
         with self._told_to_guests():
-            for number, chunk in self._group.generate([chunk for _, chunk in todo]):
+            for number, chunk, _ in self._group.generate([chunk for _, chunk in todo]):
                 rank = todo[number][0]
                 if rank == shares.rank:
                     yield chunk

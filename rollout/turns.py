@@ -23,13 +23,13 @@ from rollout.offsets import OffsetMapper
 
 @dataclass(frozen=True, kw_only=True)
 class Written:
-    """A whole response, T tokens."""
+    """A response, T tokens: a whole one, or what there is of it yet."""
 
     response_ids: np.ndarray  # [T] int64
     logprobs: np.ndarray  # [T] float32, 0 where an environment wrote: nothing reads them there
     action_mask: np.ndarray  # [T] bool, False where an environment wrote
     token_offsets: np.ndarray  # [T, 2] int64
-    finish_reason: FinishReason
+    finish_reason: FinishReason | None  # None: it is not over
     kept: KeptTokens | None  # of [T] where the engine filters, no ids where an environment wrote
 
 
@@ -46,23 +46,29 @@ class Turns:
         if self._spec is not None and self._environment is None:
             self._environment = EnvironmentProcess(self._spec)
 
-    def write(self, requests: list[PromptRequest]) -> list[Written]:
+    def write(
+        self, requests: list[PromptRequest], begun: list[Begun | None] | None = None, most: int | None = None
+    ) -> list[Written]:
         """One response to each request, in order. Raises EnvironmentFault, which names the sample.
+
+        `begun`, `most`: as Engine.generate has them, where there is no environment: what that has seen of a response
+        does not outlive a call.
 
         The environment is asked after each turn that ended by a stop token, but for the last of `max_turns`. An
         observation that would leave no room for a token of the policy is not appended: that response ends with what
         the policy wrote, cut (`length`).
         """
+        assert self._spec is None or (begun is None and most is None), "responses with an environment are written whole"
         self.start()
         max_turns = 1 if self._spec is None else self._spec.max_turns
         written: dict[int, Written] = {}
-        begun: list[Begun | None] = [None] * len(requests)
-        masks = [np.zeros(0, dtype=bool) for _ in requests]
+        begun = [None] * len(requests) if begun is None else list(begun)
+        masks = [np.ones(0 if start is None else len(start.response_ids), dtype=bool) for start in begun]
         said: list[list[str]] = [[] for _ in requests]  # the turns of each response
         alive = list(range(len(requests)))
         for turn in range(1, max_turns + 1):
             going_on: list[int] = []
-            generations = self._engine.generate([requests[i] for i in alive], [begun[i] for i in alive])
+            generations = self._engine.generate([requests[i] for i in alive], [begun[i] for i in alive], most)
             for i, g in zip(alive, generations, strict=True):
                 start = len(masks[i])
                 masks[i] = np.append(masks[i], np.ones(len(g.response_ids) - start, dtype=bool))
@@ -108,7 +114,7 @@ class Turns:
         text, offsets = self._map_offsets(ids)
         return text[int(offsets[start, 0]) :]
 
-    def _written(self, g: Generation, mask: np.ndarray, reason: FinishReason) -> Written:
+    def _written(self, g: Generation, mask: np.ndarray, reason: FinishReason | None) -> Written:
         return Written(
             response_ids=g.response_ids,
             logprobs=g.logprobs,

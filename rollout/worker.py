@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from core.faults import TransitFault
 from core.trajectory import PromptRequest, Trajectory
 from core.weights import Flat, Probe, WeightAck, WeightManifest
-from rollout.engines.engine import Engine
+from rollout.engines.engine import Begun, Engine
 from rollout.environment import EnvironmentSpec
 from rollout.turns import Turns
 from rollout.weight_broadcast import BroadcastGroup, Rendezvous
@@ -53,13 +53,23 @@ class RolloutWorker:
         self._turns.start()
         return WorkerReady(pid=os.getpid())
 
-    def generate(self, requests: list[PromptRequest]) -> tuple[list[Trajectory], int]:
-        """Write one response to each request. Returns the trajectories and, apart, the number of tokens that the
-        policy wrote. Raises EnvironmentFault.
+    def generate(
+        self,
+        requests: list[PromptRequest],
+        begun: list[Trajectory | None] | None = None,
+        most: int | None = None,
+    ) -> tuple[list[Trajectory], list[Trajectory]]:
+        """Write one response to each request. Returns those that are over and, apart, those that are not, which have
+        no finish_reason. Raises EnvironmentFault.
 
-        Two return values (num_returns=2): the group reads the small one to learn that the call ended well; the
-        trajectories go from here straight to the reward server.
+        `begun`: what each response holds already, as an earlier call returned it, or None; its tokens keep the version
+        that wrote them. `most`: more tokens that each gets now; None: all, to its end.
+
+        Two return values (num_returns=2): the group reads the second to learn that the call ended well, and what is to
+        be gone on with; what is over goes from here straight to the reward server.
         """
+        starts = None if begun is None else [None if t is None else _begun(t) for t in begun]
+        before = [() if t is None else t.policy_version for t in begun or [None] * len(requests)]
         trajectories = [
             Trajectory(
                 request=request,
@@ -67,14 +77,21 @@ class RolloutWorker:
                 rollout_logprobs=written.logprobs,
                 action_mask=written.action_mask,
                 token_offsets=written.token_offsets,
-                policy_version=np.full(len(written.response_ids), self._weights.version, dtype=np.int64),
+                policy_version=self._versions(old, len(written.response_ids)),
                 finish_reason=written.finish_reason,
                 finished_at=time.time(),
                 kept=written.kept,
             )
-            for request, written in zip(requests, self._turns.write(requests), strict=True)
+            for request, old, written in zip(requests, before, self._turns.write(requests, starts, most), strict=True)
         ]
-        return trajectories, sum(int(t.action_mask.sum()) for t in trajectories)
+        over = [t for t in trajectories if t.finish_reason is not None]
+        return over, [t for t in trajectories if t.finish_reason is None]
+
+    def _versions(self, before: Sequence[int], n: int) -> np.ndarray:
+        """[n] of the weights that wrote each token: the first ones were there `before`."""
+        versions = np.full(n, self._weights.version, dtype=np.int64)
+        versions[: len(before)] = before
+        return versions
 
     def rest(self) -> None:
         """No chunk will come for a while: let others have what the engine can do without."""
@@ -136,6 +153,10 @@ class RolloutWorker:
     @property
     def _device(self) -> torch.device:
         return next(iter(self._engine.live_tensors().values())).device
+
+
+def _begun(t: Trajectory) -> Begun:
+    return Begun(response_ids=t.response_ids, logprobs=t.rollout_logprobs, kept=t.kept)
 
 
 def _first_line(error: RuntimeError) -> str:

@@ -10,9 +10,10 @@ import pytest
 import tiny_models
 from core.config import load
 from core.faults import InvariantFault
+from core.under_way import Written
 from rollout.in_order import InOrder
 from rollout.shares import Rollouts, Shares
-from trainer.ahead import Ahead, asked_at
+from trainer.ahead import Ahead, asked_at, taken_until
 
 
 @pytest.mark.parametrize(
@@ -36,23 +37,35 @@ class _Recorder:
     events: list[tuple] = field(default_factory=list)
     taken: int = 0
 
+    @property
+    def position(self) -> int:
+        return self.taken * 8
+
     def take(self, n_prompts: int, n_samples_per_prompt: int = 1) -> list:
+        assert n_prompts == 8
         self.taken += 1
         return [self.taken]
 
     @property
     def state(self) -> dict[str, int]:
-        return {"position": self.taken * 8, "left_out": 3}
+        return {"position": self.position, "left_out": 3}
 
-    def start(self, requests: list, submit: object) -> Future:
+    def start_batch(self, requests: list, submit: object) -> Future:
         self.events.append(("asked", requests[0]))
         future: Future = Future()
-        future.set_result((requests, 1.5))
+        future.set_result(Written(requests=requests, pending=[], seconds=1.5))
         return future
 
 
 def configured(**more: object) -> object:
     return load(None, {**tiny_models.LEARNER_SETTINGS, **more}, folder=tiny_models.Path("/nowhere"))
+
+
+def test_extra_prompts_are_taken_once_and_used_up_by_the_last_steps():
+    sizes = {"rollout.batch_size": 8, "rollout.n_samples_per_prompt": 2, "ppo.mini_batch_size": 8, "run.steps": 4}
+    how = {"rollout.round_tokens": 4, "rollout.extra_prompts": 3, "rollout.chunk_size": 2}
+    assert [taken_until(configured(**sizes, **how), step) for step in range(1, 5)] == [7, 11, 15, 16]
+    assert [taken_until(configured(**sizes), step) for step in range(1, 5)] == [4, 8, 12, 16]
 
 
 @pytest.mark.parametrize("first", [1, 5])
@@ -70,9 +83,9 @@ def test_batches_come_in_order_and_no_more_than_are_trained_on(first):
     recorder = _Recorder(taken=first - 1)
     ahead = Ahead(cfg, recorder, recorder, None)
     for step in range(first, 9):
-        written = ahead.take(step)
+        written, version = ahead.take(step)
         assert written.requests == [step] and written.seconds == 1.5
-        assert written.version == asked_at(step, 2, 4) - 1 and 0 <= step - 1 - written.version <= 2
+        assert version == asked_at(step, 2, 4) - 1 and 0 <= step - 1 - version <= 2
         recorder.events.append(("learnt", step))
         # Ended here, whoever goes on asks for the batch behind this one, whatever is being written.
         assert ahead.prompts_state == {"position": step * cfg.prompts_per_step, "left_out": 3}

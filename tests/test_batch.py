@@ -53,6 +53,12 @@ def test_collate_by_hand(batch):
     assert batch.cut.tolist() == [False, True] and batch.prompt_width == 3
 
 
+@pytest.mark.parametrize("reason", ["abort", None])
+def test_what_is_not_over_is_not_trained_on(reason):
+    with pytest.raises(AssertionError, match="was aborted, or is not over"):
+        TrainBatch.collate([trajectory(5, [7], [11], finish_reason=reason)])
+
+
 def test_a_last_token_of_id_0_is_a_token(batch):
     """eos is 0 here, as padding is: lengths decide, never ids."""
     assert batch.response_mask[0, 3] and not batch.response_mask[1, 3]

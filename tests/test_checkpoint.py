@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 import torch
 from accelerate import Accelerator
@@ -76,11 +78,22 @@ def test_another_error_while_saving_keeps_its_name(tmp_path, learner):
         checkpoint.save(tmp_path, learner, {}, keep=1)
 
 
+def test_a_table_of_a_rank_is_part_of_the_checkpoint(tmp_path, learner):
+    name, table = "under_way/rank-0.parquet", pa.table({"a": [1, 2]})
+    checkpoint.save(tmp_path, learner, {}, keep=1, tables={name: table})
+    place = checkpoint.latest(tmp_path).folder
+    assert pa.parquet.read_table(place / name) == table
+    (place / name).write_bytes((place / name).read_bytes()[:-1] + b"x")
+    assert checkpoint.damage_of(place) == f"{name} holds other bytes than were written"
+    (place / name).unlink()
+    assert checkpoint.damage_of(place) == f"{name} is missing"
+
+
 def test_a_checkpoint_of_another_version_is_refused_in_one_line(tmp_path, learner, monkeypatch):
     checkpoint.save(tmp_path, learner, {}, keep=1)
     assert checkpoint.latest(tmp_path).step == 1
     monkeypatch.setattr(checkpoint, "FORMAT", checkpoint.FORMAT + 1)
-    with pytest.raises(UserError, match=r"another version .*format 3, .*--run\.name"):
+    with pytest.raises(UserError, match=r"another version .*format 4, .*--run\.name"):
         checkpoint.latest(tmp_path)
 
 

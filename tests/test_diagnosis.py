@@ -133,7 +133,9 @@ def test_bounds_follow_the_configuration():
     assert run(late(staleness__mean=1.0), Facts(oldest=1.0, components=2)) == []
     assert run(BAD["one-component"], Facts(components=1)) == []  # the only one: it always decides alone
     cfg = config.load(Path("configs/cards.yaml"), {"rollout.max_staleness": 2})
-    assert Facts.of(cfg) == Facts("float32", 2.0, sum(r.weight != 0 for r in cfg.rewards.values()))
+    assert Facts.of(cfg) == Facts("float32", 2.0, 3)  # of four components one is a metric alone
+    cfg = config.load(Path("configs/cards.yaml"), {"rollout.round_tokens": 20})
+    assert Facts.of(cfg).oldest == 4  # 48 tokens are three rounds
 
 
 def test_entropy_may_fall_while_the_reward_is_high():

@@ -93,6 +93,36 @@ def test_a_response_that_was_begun_goes_on_as_if_it_had_not_been_left(name, in_s
         np.testing.assert_allclose(after.logprobs[left:], before.logprobs[left:], atol=1e-5)
 
 
+@pytest.mark.parametrize("filters", [None, Filters(top_p=0.8)])
+@pytest.mark.parametrize("in_slots", [True, False])
+@pytest.mark.parametrize("name", ["llama-tied", "gpt2"])
+@pytest.mark.parametrize("most", [1, 5, 23])
+def test_a_response_written_in_rounds_is_the_one_that_is_written_at_once(name, in_slots, filters, most):
+    """Under the same weights: the same ids, sets and ends, whatever is left beside it; none gets more than it may."""
+    served, asked = engine(name, often=True, slots=5, filters=filters), tiny_models.make_requests(12)
+    served.in_slots = in_slots
+    want = served.generate(asked)
+    assert {g.finish_reason for g in want} == {"stop", "length"}
+    begun: list[Begun | None] = [None] * len(asked)
+    got, alive, rounds = {}, list(range(len(asked))), 0
+    while alive:
+        written = served.generate([asked[i] for i in alive], [begun[i] for i in alive], most)
+        rounds += 1
+        for i, g in zip(alive, written, strict=True):
+            left = 0 if begun[i] is None else len(begun[i].response_ids)
+            assert left < len(g.response_ids) <= left + most
+            assert g.finish_reason is not None or len(g.response_ids) == left + most < 24
+            begun[i] = Begun(response_ids=g.response_ids, logprobs=g.logprobs, kept=g.kept)
+            got[i] = g
+        alive = [i for i in alive if got[i].finish_reason is None]
+    assert rounds == -(-24 // most)
+    for i, g in enumerate(want):
+        assert got[i].response_ids.tolist() == g.response_ids.tolist() and got[i].finish_reason == g.finish_reason
+        np.testing.assert_allclose(got[i].logprobs, g.logprobs, atol=1e-5)
+        if filters is not None:
+            assert got[i].kept.starts.tolist() == g.kept.starts.tolist()
+
+
 def test_the_room_is_taken_again_for_other_requests():
     """Keys and values of an earlier call lie where later ones are written, longer and shorter."""
     served = engine("llama-tied", often=True, slots=4)

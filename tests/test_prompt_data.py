@@ -301,6 +301,32 @@ def test_epochs_count_what_was_trained_on_and_not_what_was_drawn_ahead(folder, t
     assert stream.observe([(0, 1.0), (1, 0.0)]) == {"data/epochs": 0.5}
 
 
+def test_epochs_count_prompts_where_later_ones_are_trained_on_before_earlier_ones(folder, tokenizer):
+    """Of 12 prompts that were taken 4 were trained on, the last of them among these."""
+    stream = streams(folder, tokenizer, numbered(4), path="p.jsonl")[0]
+    stream.take(12)
+    assert stream.observe([(11, 1.0), (2, 0.0)], trained=4, oldest=0) == {"data/epochs": 1}
+
+
+def test_the_order_of_an_epoch_is_kept_while_one_of_its_prompts_is_under_way(folder, tokenizer):
+    """Prompt 1 of the second epoch is trained on after two of the third, whose rows have another order by then."""
+    stream = streams(folder, tokenizer, numbered(4), path="p.jsonl", measure_difficulty=True, curriculum_epochs=9)[0]
+    stream.take(4)
+    stream.observe([(o, float(o)) for o in range(4)])
+    row = [r.columns["n"] for r in stream.take(4)][1]
+    stream.observe([(o, float(-o)) for o in (4, 6, 7)], trained=7, oldest=5)
+    stream.take(4)
+    stream.observe([(9, 0.0), (10, 5.0)], trained=9, oldest=5)
+    other = streams(folder, tokenizer, numbered(4), path="p.jsonl", measure_difficulty=True, curriculum_epochs=9)[0]
+    other.restore(json.loads(json.dumps(stream.state)))
+    for it in (stream, other):
+        assert it._columns[it.order.row_at(5)]["n"] == row
+        it.observe([(5, 1.0), (8, 2.0)], trained=11, oldest=11)
+        it.observe([(11, 1.0)], trained=12)
+        with pytest.raises(AssertionError, match="kept no longer"):
+            it.order.row_at(5)
+
+
 def test_a_checkpoint_holds_all_that_the_next_prompts_depend_on(folder, tokenizer):
     """Saved at each of 12 steps, as JSON, by a stream that another one continues; in a mixture of classes."""
 

@@ -53,6 +53,9 @@ def test_what_a_request_asks_for():
     assert asked["stop_token_ids"] == [0, 7] and asked["ignore_eos"] and not asked["detokenize"]
     assert not {"top_p", "top_k", "min_p", "repetition_penalty", "min_tokens"} & asked.keys()  # their defaults are off
     assert sampling_arguments(request, (0,), temperature=1, max_new_tokens=24, begun=9)["max_tokens"] == 15
+    for most, tokens in ((4, 4), (15, 15), (16, 15)):
+        left = sampling_arguments(request, (0,), temperature=1, max_new_tokens=24, begun=9, most=most)
+        assert left["max_tokens"] == tokens and left["seed"] == request_seed(request, 9)
 
 
 def test_a_seed_is_of_seed_ordinal_and_k_and_of_what_is_there_alone():

@@ -15,14 +15,16 @@ the workers rest once in `run.save_every` steps.
 
 from collections import deque
 from concurrent.futures import Future
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 from core.schema import Config
 from core.trajectory import PromptRequest
+from core.under_way import Written
 
 
 class Prompts(Protocol):
+    position: int  # prompts taken so far
+
     @property
     def state(self) -> dict[str, Any]: ...
 
@@ -30,17 +32,7 @@ class Prompts(Protocol):
 
 
 class Starts(Protocol):
-    def start(self, requests: list[PromptRequest], submit: Any) -> Future: ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class Written:
-    """A batch whose responses are all written, and on their way to be scored."""
-
-    requests: list[PromptRequest]  # of all ranks
-    pending: list[Any]  # what `submit` gave
-    seconds: float  # from the first call of a worker to the last response
-    version: int  # of the weights that wrote it
+    def start_batch(self, requests: list[PromptRequest], submit: Any) -> Future: ...
 
 
 def asked_at(step: int, max_staleness: int, save_every: int) -> int:
@@ -49,32 +41,41 @@ def asked_at(step: int, max_staleness: int, save_every: int) -> int:
     return max(after_checkpoint, step - max_staleness)
 
 
+def taken_until(cfg: Config, step: int) -> int:
+    """How many prompts are taken when the batch of `step` is asked for: those of all steps up to it, and
+    `rollout.extra_prompts` besides; the last steps use these up."""
+    return min(cfg.run.steps * cfg.prompts_per_step, step * cfg.prompts_per_step + cfg.rollout.extra_prompts)
+
+
 class Ahead:
     def __init__(self, cfg: Config, prompts: Prompts, rollouts: Starts, submit: Any) -> None:
         """`submit`: as Rewards.submit; called with the chunks of a batch as they are finished."""
         self._cfg, self._prompts, self._rollouts, self._submit = cfg, prompts, rollouts, submit
-        self._asked: deque[tuple[list[PromptRequest], Future, int]] = deque()
+        # Of each batch that is asked for: the version that writes it, and where the prompts stood after it was.
+        self._asked: deque[tuple[Future, int, int]] = deque()
         self._next: int | None = None  # step of the next batch that is to be asked for
+        self._position = prompts.position
 
     @property
     def prompts_state(self) -> dict[str, Any]:
         """Of the prompts, for a checkpoint: what was asked for ahead when a run ends early is asked for again."""
-        state = self._prompts.state
-        return state | {"position": state["position"] - len(self._asked) * self._cfg.prompts_per_step}
+        return self._prompts.state | {"position": self._position}
 
-    def take(self, step: int) -> Written:
+    def take(self, step: int) -> tuple[Written, int]:
         """Ask for what may be asked for at the beginning of `step`, and wait for the last response of its own batch.
 
-        Raises what writing it, or what was to be done before it, raised.
+        Returns it, and the version of the weights that wrote its last tokens. Raises what writing it, or what was to be
+        done before it, raised.
         """
         cfg = self._cfg
         self._next = step if self._next is None else self._next
         while (
             self._next <= cfg.run.steps and asked_at(self._next, cfg.rollout.max_staleness, cfg.run.save_every) <= step
         ):
-            requests = self._prompts.take(cfg.prompts_per_step, cfg.rollout.n_samples_per_prompt)
-            self._asked.append((requests, self._rollouts.start(requests, self._submit), step - 1))
+            n_prompts = max(0, taken_until(cfg, self._next) - self._prompts.position)
+            requests = self._prompts.take(n_prompts, cfg.rollout.n_samples_per_prompt)
+            future = self._rollouts.start_batch(requests, self._submit)
+            self._asked.append((future, step - 1, self._prompts.position))
             self._next += 1
-        requests, future, version = self._asked.popleft()
-        pending, seconds = future.result()
-        return Written(requests=requests, pending=pending, seconds=seconds, version=version)
+        future, version, self._position = self._asked.popleft()
+        return future.result(), version

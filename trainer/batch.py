@@ -65,7 +65,8 @@ class TrainBatch:
         """
         trajectories = sorted(trajectories, key=lambda t: t.order)
         for t in trajectories:
-            assert t.finish_reason != "abort", f"sample {t.request.sample_uid} was aborted and must not be trained on"
+            over = t.finish_reason in ("stop", "length")
+            assert over, f"sample {t.request.sample_uid} was aborted, or is not over, and must not be trained on"
         p = max((len(t.request.prompt_ids) for t in trajectories), default=1)
         width = max((len(t) for t in trajectories), default=1)
 
@@ -124,11 +125,11 @@ class TrainBatch:
             assert getattr(self, name) is None, f"{name} is written twice"
         return replace(self, **tensors)
 
-    def writers_logprobs(self, max_staleness: int) -> Tensor:
+    def writers_logprobs(self, off_policy: bool) -> Tensor:
         """[B, T] of the policy that wrote the tokens, which the KL penalty is about. Of an older one the engine's: by
         the learner's, a token that the policy has since turned away from would earn a bonus, the more the more it is
         avoided. On-policy the learner's, computed as those of the reference are."""
-        return self.rollout_logprobs if max_staleness else self.old_logprobs
+        return self.rollout_logprobs if off_policy else self.old_logprobs
 
     def rows(self, index: np.ndarray) -> "TrainBatch":
         """Some rows, trimmed to the widths that they need."""

@@ -2,6 +2,7 @@
 
     checkpoints/step-20/
         learner/         what Accelerate saves of the engine: parameters, AdamW, RNG; with DeepSpeed a file per rank
+        under_way/       with `rollout.round_tokens`: a file per rank of what is written and not trained on
         state.json       everything else that the next step depends on
         manifest.json    size and SHA-256 of each file above, and of itself; written last
 
@@ -14,7 +15,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,13 +27,17 @@ from safetensors import SafetensorError
 from core.faults import StorageFault, UserError
 
 if TYPE_CHECKING:
+    import pyarrow as pa
+
     from trainer.engine_weights import PolicyWeights
     from trainer.learner import Learner
     from trainer.model import PolicyWithValueHead
 
 VALUE_HEAD_FILE = "value_head.safetensors"
 MANIFEST = "manifest.json"
-FORMAT = 3  # of checkpoints; 2: multipliers of rewards; 3: SHA-256, a manifest that proves itself, trained samples
+# Of checkpoints; 2: multipliers of rewards; 3: SHA-256, a manifest that proves itself, trained samples; 4: what is
+# under way.
+FORMAT = 4
 ROOM = 1.2  # of the size of the last checkpoint must be free before the next is begun
 HASHES = 4  # files that are read at the same time
 
@@ -110,8 +115,17 @@ def damage_of(place: Path, *, only: bool = True, bytes_too: bool = True) -> str 
     return None
 
 
-def save(folder: Path, learner: "Learner", state: dict[str, Any], *, keep: int) -> None:
+def save(
+    folder: Path,
+    learner: "Learner",
+    state: dict[str, Any],
+    *,
+    keep: int,
+    tables: "Mapping[str, pa.Table] | None" = None,
+) -> None:
     """Write checkpoint `step-<learner.step>` of `folder`, then delete all but the last `keep`. All ranks call it.
+
+    `tables`: of this rank, by the path of the Parquet file in the checkpoint, which no other rank has.
 
     Each block ends with a meeting of all ranks. In this order: what crashed saves left is cleared and room is asked
     for; every rank writes its files into `.step-N.new`; every rank has the disk take them; rank 0 writes state and
@@ -128,6 +142,8 @@ def save(folder: Path, learner: "Learner", state: dict[str, Any], *, keep: int) 
             fresh.mkdir(parents=True)
     with learner.ranks.together(), storage(folder):
         learner.save_state(fresh / "learner")
+        for name, table in (tables or {}).items():
+            _write_table(fresh / name, table)
     with learner.ranks.together(), storage(folder):
         flush(fresh)
     with learner.ranks.together(), storage(folder):
@@ -240,6 +256,14 @@ def _write(path: Path, text: str) -> None:
         stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())
+
+
+def _write_table(path: Path, table: "pa.Table") -> None:
+    import pyarrow.parquet
+
+    path.parent.mkdir(exist_ok=True)
+    with open(path, "wb") as stream:
+        pyarrow.parquet.write_table(table, stream)
 
 
 def flush(folder: Path, *, deep: bool = True) -> None:

@@ -80,7 +80,7 @@ class Learner:
         """
         self.cfg, self._accelerator, self.ranks = cfg, accelerator, ranks or Ranks()
         self.device = accelerator.device
-        self._limits, self._max_age = TOLERANCES[cfg.model.dtype], cfg.rollout.max_staleness
+        self._limits, self._off_policy = TOLERANCES[cfg.model.dtype], cfg.rollout.off_policy
         trunk, head = critic or (None, None)
         # eval for good: dropout would move the ratios off 1
         n_heads = len(cfg.value_heads)
@@ -224,10 +224,10 @@ class Learner:
     def _compare(self, batch: TrainBatch, entropy: Tensor) -> dict[str, float]:
         mask, sums = batch.response_mask, Sums()
         n_tokens = float(mask.sum())
-        kl = ppo.kl_estimate(batch.writers_logprobs(self._max_age), batch.ref_logprobs, "k1")
+        kl = ppo.kl_estimate(batch.writers_logprobs(self._off_policy), batch.ref_logprobs, "k1")
         kl = torch.where(mask, kl, 0.0)
         # What an older policy wrote is no test of who computes what: the ratio of the two is importance sampling's.
-        fresh = mask & (batch.policy_version == self.step) if self._max_age else mask
+        fresh = mask & (batch.policy_version == self.step) if self._off_policy else mask
         difference = torch.where(fresh, batch.old_logprobs - batch.rollout_logprobs, 0.0).abs()
         sums.add("objective/kl", float(kl.sum()), len(batch))
         sums.add("objective/entropy", float(entropy.sum()), n_tokens)
@@ -268,7 +268,7 @@ class Learner:
         """
         cfg, sums, norms = self.cfg.ppo, Sums(), []
         # Against the engine's log-probs a ratio is off 1 by what `annotate` has held to limits of its own.
-        starts_at_1 = not self._max_age or cfg.importance_cap is not None
+        starts_at_1 = not self._off_policy or cfg.importance_cap is not None
         self._optimizer_steps = self._schedule_at(self.step)
         self._first_ratio_error = None
         for epoch in range(cfg.ppo_epochs):
@@ -409,7 +409,7 @@ class Learner:
         known = TokenFields(
             mask=every,
             # Plain PPO stays near the policy that wrote, decoupled PPO (arXiv 2110.00641) near the one before the step.
-            old_logprobs=flat(micro.old_logprobs if cfg.importance_cap else micro.writers_logprobs(self._max_age)),
+            old_logprobs=flat(micro.old_logprobs if cfg.importance_cap else micro.writers_logprobs(self._off_policy)),
             ref_logprobs=flat(micro.ref_logprobs),
             rollout_logprobs=flat(micro.rollout_logprobs),
             advantages=flat(micro.advantages),

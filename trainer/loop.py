@@ -25,6 +25,7 @@ from core.trajectory import PromptRequest, Trajectory
 from core.weights import Probe
 from trainer import estimators, ppo, value_heads
 from trainer.ahead import Ahead
+from trainer.backlog import Backlog
 from trainer.batch import TrainBatch
 from trainer.evaluate import evaluation_sums
 from trainer.learner import Learner
@@ -33,6 +34,8 @@ from trainer.run_log import RunLog
 
 
 class Prompts(Protocol):
+    position: int  # prompts taken so far
+
     @property
     def state(self) -> dict[str, Any]:
         """Plain values for a checkpoint, `position` among them: prompts taken so far."""
@@ -42,8 +45,11 @@ class Prompts(Protocol):
 
     def first(self, n_prompts: int) -> list[PromptRequest]: ...
 
-    def observe(self, totals: list[tuple[int, float]]) -> dict[str, float]:
-        """(ordinal, total reward) of each sample of all ranks -> metrics."""
+    def observe(
+        self, totals: list[tuple[int, float]], *, trained: int | None = None, oldest: int | None = None
+    ) -> dict[str, float]:
+        """(ordinal, total reward) of each sample of all ranks -> metrics. `trained`: prompts so far, these included;
+        `oldest`: the first prompt that is still under way."""
         ...
 
 
@@ -59,6 +65,10 @@ class Rollouts(Protocol):
         order. The Future of what it gives, and of the seconds that it took."""
         ...
 
+    def start_batch(self, requests: list[PromptRequest], submit: Callable[[Iterable[Any]], list[Any]]) -> Future:
+        """The same for a batch to train on, which may be of other prompts: the Future of a Written."""
+        ...
+
 
 class Rewards(Protocol):
     counters: Counter[str]
@@ -67,8 +77,8 @@ class Rewards(Protocol):
         """Have each chunk scored the moment it is finished; returns after the last response."""
         ...
 
-    def collect(self, pending: list[Any]) -> list[Trajectory]:
-        """The scored trajectories, sorted by ordinal."""
+    def collect(self, pending: list[Any], at_least: int = 0) -> list[Trajectory]:
+        """The scored trajectories, sorted by ordinal. `at_least`: samples that the bound of lost ones is a share of."""
         ...
 
 
@@ -83,6 +93,7 @@ class TrainState:
     kl: ppo.KLController
     running: dict[str, RunningMoments] = field(default_factory=dict)
     multipliers: dict[str, float] = field(default_factory=dict)  # of components with `at_least`
+    backlog: Backlog = field(default_factory=Backlog)  # of this rank, in a file of its own in a checkpoint
     faults: Counter[str] = field(default_factory=Counter)  # of all ranks, before the processes of this launch started
 
     def to_json(self) -> dict[str, Any]:
@@ -97,7 +108,8 @@ class TrainState:
 
     @classmethod
     def fresh(cls, cfg: Config) -> "TrainState":
-        return cls(kl=ppo.KLController(cfg.ppo.kl_coef, target_kl=cfg.ppo.target_kl, horizon=cfg.ppo.kl_horizon))
+        kl = ppo.KLController(cfg.ppo.kl_coef, target_kl=cfg.ppo.target_kl, horizon=cfg.ppo.kl_horizon)
+        return cls(kl=kl, backlog=Backlog(in_rounds=cfg.rollout.in_rounds))
 
 
 def train(
@@ -132,10 +144,11 @@ def train(
     for step in range(learner.step + 1, cfg.run.steps + 1):
         with ranks.together():
             with log.time("rollout"):
-                written = ahead.take(step)
+                written, version = ahead.take(step)
             with log.time("reward"):
-                trajectories = rewards.collect(written.pending)
-                account(cfg, rollouts.share(written.requests), trajectories, version=written.version)
+                scored = rewards.collect(written.pending, at_least=len(written.requests))
+                trajectories = state.backlog.batch(written, scored)
+                account(cfg, written.requests, trajectories, version=version, older=cfg.rollout.in_rounds)
 
         with log.time("annotate"):
             batch = TrainBatch.collate(trajectories, cfg.rewards)
@@ -174,7 +187,9 @@ def train(
             means |= {f"reward/{name}/{what}": value for name, value in values.items()}
         means["response/reward_std"] = total_std(combined, all_reduce=ranks.sum)
         samples, tokens = map(int, ranks.sum_list([len(batch), int(batch.response_mask.sum())]))
-        means |= prompts.observe(totals(batch, ranks))
+        means |= state.backlog.means(trajectories, ranks.sum_list)
+        oldest = state.backlog.oldest(ranks.gather)
+        means |= prompts.observe(totals(batch, ranks), trained=step * cfg.prompts_per_step, oldest=oldest)
         state.kl.update(means["objective/kl"], samples)
         raw = {name: means[f"reward/{name}/raw"] for name in cfg.rewards if f"reward/{name}/raw" in means}
         state.multipliers = next_multipliers(raw, cfg.rewards, state.multipliers)
@@ -212,7 +227,7 @@ def credit(
     token_rewards, reward_scale = estimators.scale_rewards(
         batch.token_rewards, mask, p.scale_rewards, all_reduce=all_reduce
     )
-    written_by = batch.writers_logprobs(cfg.rollout.max_staleness)
+    written_by = batch.writers_logprobs(cfg.rollout.off_policy)
     rewards = ppo.shape_rewards(token_rewards, written_by, batch.ref_logprobs, mask, kl_coef=kl_coef)
     heads: value_heads.Heads | None = None
     if batch.head_values is None:
@@ -259,10 +274,18 @@ def credit(
     return batch.fill(rewards=rewards, returns=returns, advantages=advantages)
 
 
-def account(cfg: Config, requests: list[PromptRequest], trajectories: list[Trajectory], *, version: int | None) -> None:
+def account(
+    cfg: Config,
+    requests: list[PromptRequest],
+    trajectories: list[Trajectory],
+    *,
+    version: int | None,
+    older: bool = False,
+) -> None:
     """Raise InvariantFault unless what came back is what was asked for, each once, written by `version` of the weights.
 
     Fewer may come back than were asked: those were dropped and counted by `rewards`, within `run.max_dropped_frac`.
+    `older`: tokens may be of versions before it too, never of a later one.
     """
     asked = {request.sample_uid for request in requests}
     got = [t.request.sample_uid for t in trajectories]
@@ -270,9 +293,12 @@ def account(cfg: Config, requests: list[PromptRequest], trajectories: list[Traje
         raise InvariantFault(
             f"{len(asked)} samples were asked for; {len(got)} came back, {len(asked & {*got})} of them"
         )
-    other = {int(v) for t in trajectories for v in t.policy_version} - {version}
-    if cfg.run.checks and version is not None and other:
-        raise InvariantFault(f"tokens were written by weights of version {sorted(other)}, not {version}")
+    if not cfg.run.checks or version is None:
+        return
+    other = {int(v) for t in trajectories for v in t.policy_version} - {*(range(version) if older else ()), version}
+    if other:
+        upto = "at most " if older else ""
+        raise InvariantFault(f"tokens were written by weights of version {sorted(other)}, not {upto}{version}")
 
 
 def evaluate(

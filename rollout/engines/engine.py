@@ -13,7 +13,7 @@ from core.trajectory import FinishReason, KeptTokens, PromptRequest
 class Generation:
     response_ids: np.ndarray  # [T] int64, the stop token included
     logprobs: np.ndarray  # [T] float32, of the distribution that was sampled from: after temperature and filters
-    finish_reason: FinishReason
+    finish_reason: FinishReason | None  # None: it is not over, there are only so many tokens of it yet
     kept: KeptTokens | None = None  # which ids each token was drawn from; None: from the whole vocabulary
 
 
@@ -27,11 +27,14 @@ class Begun:
 
 
 class Engine(Protocol):
-    def generate(self, requests: list[PromptRequest], begun: list[Begun | None] | None = None) -> list[Generation]:
+    def generate(
+        self, requests: list[PromptRequest], begun: list[Begun | None] | None = None, most: int | None = None
+    ) -> list[Generation]:
         """One response to each request, in order; the ids are a function of (weights, prompt, seed, ordinal, k).
 
         `begun`: for each request what its response starts with, or None; it counts towards the longest response, and
         token t is decided by random number t whoever wrote those before it. The answer holds the whole response.
+        `most`: as many more tokens to each at most, at least one; what is not over by then has no finish_reason.
         """
         ...
 

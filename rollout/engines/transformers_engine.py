@@ -61,6 +61,7 @@ class _Responses:
     random: Tensor  # [B, steps] float64: number t decides token t
     ids: Tensor  # [B, steps]
     logprobs: Tensor  # [B, steps]
+    limits: Tensor  # [B] of its tokens, where each is left
     lengths: Tensor  # [B]
     stopped: Tensor  # [B] bool
     begun: Tensor  # [B] tokens that were there before
@@ -75,6 +76,7 @@ class _Responses:
         device: torch.device,
         *,
         filtered: bool,
+        most: int | None,
     ) -> "_Responses":
         n = len(requests)
         ids, logprobs = torch.zeros((n, steps), dtype=torch.long), torch.zeros((n, steps), dtype=torch.float32)
@@ -88,11 +90,13 @@ class _Responses:
                 logprobs[i, : starts[i]] = torch.tensor(start.logprobs)
                 if filtered:
                     kept[i] = [start.kept[t] for t in range(len(start.kept))]
+        limits = torch.full((n,), steps) if most is None else (starts + most).clamp(max=steps)
         return cls(
             random=torch.from_numpy(np.stack([uniforms(r, steps) for r in requests])).to(device),
             ids=ids.to(device),
             logprobs=logprobs.to(device),
-            lengths=torch.full((n,), steps, device=device),
+            limits=limits.to(device),
+            lengths=limits.to(device, copy=True),
             stopped=torch.zeros(n, dtype=torch.bool, device=device),
             begun=starts.to(device),
             kept=kept if filtered else None,
@@ -108,12 +112,13 @@ class _Responses:
                 self.kept[row].append(kept)
 
     def generations(self) -> list[Generation]:
+        steps = self.ids.shape[1]
         ids, logprobs = self.ids.cpu().numpy(), self.logprobs.cpu().numpy()
         return [
             Generation(
                 response_ids=ids[i, :length].copy(),
                 logprobs=logprobs[i, :length].copy(),
-                finish_reason="stop" if stop else "length",
+                finish_reason="stop" if stop else "length" if length == steps else None,
                 kept=None if self.kept is None else KeptTokens.of(self.kept[i]),
             )
             for i, (length, stop) in enumerate(zip(self.lengths.tolist(), self.stopped.tolist(), strict=True))
@@ -188,9 +193,11 @@ class TransformersEngine:
         return logprobs_from_logits(logits, ids[:, -n:], self.temperature).float().cpu().numpy()
 
     @torch.inference_mode()
-    def generate(self, requests: list[PromptRequest], begun: list[Begun | None] | None = None) -> list[Generation]:
-        begun = begun or [None] * len(requests)
-        responses = _Responses.of(requests, begun, self.max_new_tokens, self.device, filtered=self.filters is not None)
+    def generate(
+        self, requests: list[PromptRequest], begun: list[Begun | None] | None = None, most: int | None = None
+    ) -> list[Generation]:
+        begun, filtered = begun or [None] * len(requests), self.filters is not None
+        responses = _Responses.of(requests, begun, self.max_new_tokens, self.device, filtered=filtered, most=most)
         texts = [  # that are read before the first token is written
             request.prompt_ids if start is None else np.concatenate([request.prompt_ids, start.response_ids])
             for request, start in zip(requests, begun, strict=True)
@@ -226,7 +233,7 @@ class TransformersEngine:
                 token = self._sample(logits, request, written, out)
                 written, place = written + 1, place + 1
             stopped = self._is_last(token, request, written, out)
-            ended = stopped | (written == self.max_new_tokens)
+            ended = stopped | (written == out.limits[request])
             if not bool(ended.any()):
                 continue
             out.lengths[request[ended]], out.stopped[request[ended]] = written[ended], stopped[ended]
@@ -334,7 +341,7 @@ class TransformersEngine:
             written = written + 1
             stopped = alive & self._is_last(token, rows, written, out)
             out.stopped[rows[stopped]], out.lengths[rows[stopped]] = True, written[stopped]
-            alive = alive & ~stopped & (written < self.max_new_tokens)
+            alive = alive & ~stopped & (written < out.limits[rows])
             n_alive = int(alive.sum())
             if n_alive == 0:
                 break

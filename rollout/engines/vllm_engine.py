@@ -75,14 +75,21 @@ def engine_arguments(
 
 
 def sampling_arguments(
-    request: PromptRequest, stop: tuple[int, ...], *, temperature: float, max_new_tokens: int, begun: int = 0
+    request: PromptRequest,
+    stop: tuple[int, ...],
+    *,
+    temperature: float,
+    max_new_tokens: int,
+    begun: int = 0,
+    most: int | None = None,
 ) -> dict[str, Any]:
-    """Keyword arguments of vllm.SamplingParams for one request, of whose response `begun` tokens are there."""
+    """Keyword arguments of vllm.SamplingParams for one request, of whose response `begun` tokens are there. `most`: as
+    Engine.generate has it."""
     assert begun < max_new_tokens, f"a response of {max_new_tokens} tokens was begun with {begun}"
     return {
         "temperature": temperature,
         "seed": request_seed(request, begun),
-        "max_tokens": max_new_tokens - begun,
+        "max_tokens": max_new_tokens - begun if most is None else min(most, max_new_tokens - begun),
         "stop_token_ids": list(stop),
         "ignore_eos": True,  # `stop` has every id that ends a response
         "logprobs": 0,  # of the sampled token alone
@@ -169,7 +176,9 @@ class VLLMEngine:
         if not self._llm.reset_prefix_cache():
             raise RuntimeError("vLLM did not drop the keys and values of the old weights")
 
-    def generate(self, requests: list[PromptRequest], begun: list[Begun | None] | None = None) -> list[Generation]:
+    def generate(
+        self, requests: list[PromptRequest], begun: list[Begun | None] | None = None, most: int | None = None
+    ) -> list[Generation]:
         from vllm import SamplingParams
 
         self._wake()
@@ -187,13 +196,17 @@ class VLLMEngine:
                         temperature=self.temperature,
                         max_new_tokens=self.max_new_tokens,
                         begun=len(start.response_ids),
+                        most=most,
                     )
                 )
                 for request, start in zip(requests, starts, strict=True)
             ],
             use_tqdm=False,
         )
-        return [_generation(start, output.outputs[0]) for start, output in zip(starts, outputs, strict=True)]
+        return [
+            _generation(start, output.outputs[0], self.max_new_tokens)
+            for start, output in zip(starts, outputs, strict=True)
+        ]
 
     def logprobs(self, prompt_ids: np.ndarray, response_ids: np.ndarray) -> np.ndarray:
         """One request for each token: what vLLM says of a prompt's own tokens is before temperature, and on its other
@@ -258,11 +271,13 @@ def _as_on_disk(model: torch.nn.Module) -> dict[str, Tensor]:
     return revert_weight_conversion(model, model.state_dict())
 
 
-def _generation(start: Begun, output: Any) -> Generation:
-    said = output.logprobs
+def _generation(start: Begun, output: Any, max_new_tokens: int) -> Generation:
+    said, reason = output.logprobs, output.finish_reason
+    if reason == "length" and len(start.response_ids) + len(output.token_ids) < max_new_tokens:
+        reason = None  # the end of a round, not of the response
     of_sampled = [said.logprobs[first] for first in said.start_indices]  # of a place, that of its sampled token
     return Generation(
         response_ids=np.concatenate([start.response_ids, np.array(output.token_ids, dtype=np.int64)]),
         logprobs=np.concatenate([start.logprobs, np.array(of_sampled, dtype=np.float32)]),
-        finish_reason=output.finish_reason if output.finish_reason in ("stop", "length") else "abort",
+        finish_reason=reason if reason in ("stop", "length", None) else "abort",
     )

@@ -57,6 +57,7 @@ RUN: dict[str, str | Callable[[str], str]] = {
     ),
     r"(python benchmarks/reward\.py)": r"\1 --only codec --rounds 1 --tokens 4096",
     r"(python benchmarks/weight_sync\.py) .*": r"\1 --json out.json --quick",
+    r"(python benchmarks/rounds\.py) .*": r"\1 --json out.json --batch 4 --longest 16 --steps 1",
     r"(python benchmarks/ppo_vs_trl\.py) .*": r"\1 --json out.json --quick --tiers a --passive",
     r"(python benchmarks/mistakes\.py)": r"\1 --rows 2",
     r"(python benchmarks/learner\.py) .*": (

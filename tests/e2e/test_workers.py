@@ -204,7 +204,7 @@ def test_workers_that_free_their_devices_after_a_call_write_the_next(cfg):
         group.wait_ready()
         for attempt in range(2):
             chunks = [prompts.take(4, 2), prompts.take(4, 2)]
-            written = [ray.get(ref, timeout=60) for _, ref in group.generate(chunks)]
+            written = [ray.get(ref, timeout=60) for _, ref, _ in group.generate(chunks)]
             assert [len(trajectories) for trajectories in written] == [8, 8]
             assert group.counters["worker_lost"] == attempt
             if not attempt:  # it is found dead when it is given its next chunk

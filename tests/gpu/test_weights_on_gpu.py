@@ -42,7 +42,7 @@ class Engine:
     def __init__(self) -> None:
         self.tensors = tensors(0.0)
 
-    def generate(self, requests: list[PromptRequest], begun: object = None) -> list[Generation]:
+    def generate(self, requests: list[PromptRequest], begun: object = None, most: object = None) -> list[Generation]:
         raise NotImplementedError
 
     def use_weights(self) -> None:
