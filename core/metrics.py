@@ -55,6 +55,7 @@ COUNTERS: dict[str, str] = {
     "samples_dropped": "Samples that were left out of training because no score could be had.",
     "weights_resent": "Weight transfers repeated because the digest or an acknowledgement did not fit.",
     "checkpoints_damaged": "Checkpoints that were found damaged when the run went on; each was set aside and named.",
+    "ledger_missed": "Steps of which the ledger of a learner process was not written; training has them all.",
     "tracker_errors": "Steps that a tracker (TensorBoard, W&B) failed to take; metrics.jsonl holds them.",
 }
 

@@ -459,6 +459,9 @@ class LogConfig(Section):
     """Besides metrics.jsonl, which is always written."""
     project: str = "tokenppo"
     """Project name in W&B, and TensorBoard's folder in the run folder."""
+    ledger: float = Field(0.1, ge=0, le=1)
+    """Share of the prompts whose responses are recorded token by token, every number of each (docs/ledger.md). 0: none;
+    1: all, which replays want."""
 
 
 class ResourcesConfig(Section):

@@ -8,38 +8,37 @@ import os
 import sys
 import time
 import uuid
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from accelerate import Accelerator
 from rich.console import Console
 
 from core.diagnosis import Diagnosis, Facts
 from core.faults import TERMINATED, StorageFault, UserError, exit_code_of
 from core.schema import Config
-from launch import build, cluster, early, environment, learners, room, run_folder, trained, under_way
+from launch import build, cluster, early, environment, going_on, learners, room, run_folder, trained, under_way
 from launch.exchange import Exchange
+from launch.job import NOTHING, Inline, Job
 from launch.last_words import on_sigterm, undisturbed_end
 from launch.reservation import seats_of_run
 from launch.stopping import Stopping
 from launch.trackers import Trackers
 from launch.trained import Trained
 from launch.weight_transport import make_transport
-from rollout.prompts import PromptStream, leak
-from rollout.shares import Rollouts, Shares
+from rollout.prompts import leak
 from trainer import checkpoint
 from trainer.checkpoint import Checkpoint, save_pretrained
 from trainer.evaluate import summary_of
 from trainer.learner import Learner
+from trainer.ledger import Ledger
 from trainer.loop import TrainState, make_probe, train
 from trainer.model import load_causal_lm
 from trainer.ranks import Ranks
 from trainer.run_log import RunLog
-from trainer.weight_sender import WeightPublisher, WeightTransport
+from trainer.weight_sender import WeightPublisher
 
 PROBE_TOKENS = 64  # of the fixed prompt whose log-probs are compared after each weight sync
 
@@ -51,36 +50,7 @@ class RunResult:
     was_finished: bool = False  # nothing was left to do
 
 
-@dataclass(frozen=True, kw_only=True)
-class Inline:
-    """Parts that a script hands over as objects, where a config file would name them."""
-
-    functions: dict[str, Callable] | None = None  # component name -> reward function
-    rows: list[dict[str, Any]] | None = None  # instead of what data.path holds; written there for the record
-    eval_rows: list[dict[str, Any]] | None = None
-    make_transport: Callable[[Rollouts, float], WeightTransport] | None = None  # instead of the object store
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """What every rank has once the launch and the input were found good."""
-
-    cfg: Config
-    inline: Inline
-    accelerator: Accelerator
-    ranks: Ranks
-    console: Console
-    tokenizer: Any
-    prompts: PromptStream
-    held_out: PromptStream | None
-    share: Shares
-
-    @property
-    def folder(self) -> Path:
-        return self.cfg.run.folder
-
-
-def run(cfg: Config, inline: Inline = Inline(), *, lives_on: bool = True) -> RunResult:
+def run(cfg: Config, inline: Inline = NOTHING, *, lives_on: bool = True) -> RunResult:
     """Train as configured: anew, or on from the last checkpoint of the same run in its folder.
 
     `lives_on`: whether the process has more to do than to tell a fault and end.
@@ -113,7 +83,7 @@ def run(cfg: Config, inline: Inline = Inline(), *, lives_on: bool = True) -> Run
         if found.finished:
             return RunResult(job.folder, run_folder.read_summary(job.folder), was_finished=True)
         with ranks.together():
-            saved = _go_on_from(job, found) if ranks.is_main else None
+            saved = going_on.go_on_from(job, found) if ranks.is_main else None
         saved = ranks.from_main(saved)
         resumed_from = saved.step if saved else 0 if found.started else None
         reached = saved.state["eval"] if saved else {}
@@ -123,7 +93,7 @@ def run(cfg: Config, inline: Inline = Inline(), *, lives_on: bool = True) -> Run
             if ranks.is_main:
                 stack.enter_context(run_folder.opened(cfg))
                 if found.started:
-                    _clear_the_way(job, saved)
+                    going_on.clear_the_way(job, saved)
         try:
             with on_sigterm(lambda: _note_the_end(job, summary)):
                 with ranks.together():
@@ -248,7 +218,7 @@ def _train(
             state.backlog.restore(left, responses)
     summary["seconds"]["start"] = round(time.perf_counter() - started, 3)
 
-    inputs = _fingerprints(job) if ranks.is_main else {}
+    inputs = going_on.fingerprints(job) if ranks.is_main else {}
 
     def on_eval(step: int, means: dict[str, float]) -> None:
         shown = ranks.from_main(summary_of(means) | {"step": step})
@@ -322,6 +292,8 @@ def _train(
             diagnosis=diagnosis,
             alert=trackers.alert,
         )
+    ledger = Ledger(cfg, folder, job.tokenizer, note, rank=ranks.index, ranks=ranks.size)
+    parts.callback(ledger.close)
     with log:
         if ranks.is_main:
             tell.append(log.note)
@@ -337,6 +309,7 @@ def _train(
                     publisher=publisher,
                     log=log,
                     state=state,
+                    ledger=ledger,
                     on_eval=on_eval,
                     on_step=on_step,
                 )
@@ -352,89 +325,6 @@ def _train(
     if not ranks.is_main:  # Ray is rank 0's: the others leave it first
         parts.close()
     ranks.gather(None)
-
-
-def _go_on_from(job: Job, found: run_folder.Found) -> Checkpoint | None:
-    """The checkpoint to go on from, None to begin. On rank 0; changes nothing.
-
-    Raises UserError where it does not fit this launch or these prompts.
-    """
-    if not found.started:
-        return None
-    cfg, folder, ranks = job.cfg, job.folder, job.ranks
-    saved = checkpoint.latest(folder / run_folder.CHECKPOINTS)
-    if saved is not None:
-        engine = job.accelerator.distributed_type.value
-        was, now = ((saved.state["ranks"], saved.state["engine"]), (ranks.size, engine))
-        if was != now and "DEEPSPEED" in (was[1], now[1]):
-            raise UserError(
-                f"{saved.folder} was written by {was[0]} learner processes as {was[1]}, this launch has {now[0]} as"
-                f" {now[1]}: DeepSpeed reads back only its own shards; launch as before, or give another --run.name"
-            )
-        held_out = f"data.eval_path = {cfg.data.eval_path}"
-        was_fed, now_fed = saved.state["inputs"], _fingerprints(job)
-        for key, given in (("data.path", f"{cfg.data.key} = {cfg.data.label}"), ("data.eval_path", held_out)):
-            if was_fed[key] != now_fed[key]:
-                raise UserError(
-                    f"{given}: its prompts are not those that the run in {folder} was begun with; put them"
-                    " back, or give another --run.name"
-                )
-        if was_fed.get("augment") != now_fed["augment"]:
-            raise UserError(
-                f"data.augment = {cfg.data.augment}: its source is not what the run in {folder} was begun with, and it"
-                " would make other prompts; put it back, or give another --run.name"
-            )
-        if was_fed.get("environment") != now_fed["environment"]:
-            raise UserError(
-                f"rollout.environment = {cfg.rollout.environment}: its source is not what the run in {folder} was begun"
-                " with, and it would answer otherwise; put it back, or give another --run.name"
-            )
-        for name in was_fed["rewards"]:
-            if was_fed["rewards"][name] != now_fed["rewards"][name]:
-                job.console.print(
-                    f"warning: rewards.{name}.fn = {cfg.rewards[name].fn}: its source is not what it was at step"
-                    f" {saved.step}; from here on it pays by the new one",
-                    markup=False,
-                    soft_wrap=True,
-                )
-    return saved
-
-
-def _clear_the_way(job: Job, saved: Checkpoint | None) -> None:
-    """Take out of the folder what happens again, or must not be used, and say so. On rank 0, which holds the folder."""
-
-    def tell(text: str) -> None:
-        job.console.print(text, markup=False, soft_wrap=True)
-
-    folder, step = job.folder, saved.step if saved else 0
-    for place, damage in saved.damaged if saved else ():
-        aside = checkpoint.set_aside(place)
-        tell(
-            f"warning: the checkpoint {place} is damaged ({damage}); the one before it is used, it is {aside.name} now"
-        )
-    checkpoint.clear_leftovers(folder / run_folder.CHECKPOINTS)
-    checkpoint.put_back(folder / "best")
-    proof = Trained(**saved.state["trained"]) if saved else Trained()
-    if wrong := trained.cut_to(folder, proof):
-        tell(wrong)
-    tell(_where_it_goes_on(folder, saved, run_folder.drop_after(folder, step)))
-
-
-def _where_it_goes_on(folder: Path, saved: Checkpoint | None, dropped: int) -> str:
-    text = f"going on from step {saved.step}" if saved else "it stopped before its first checkpoint and begins again"
-    rows = f"; {dropped} later rows of metrics.jsonl are dropped" if dropped else ""
-    return f"{folder} holds this run: {text}{rows}"
-
-
-def _fingerprints(job: Job) -> dict[str, Any]:
-    """Of what a run is fed with: the configuration names it, and may name something else under the same name later."""
-    return {
-        "data.path": job.prompts.fingerprint,
-        "data.eval_path": job.held_out.fingerprint if job.held_out else None,
-        "augment": build.source_digest(job.cfg.data.augment) if job.cfg.data.augment else None,
-        "environment": build.source_digest(job.cfg.rollout.environment) if job.cfg.rollout.environment else None,
-        "rewards": {name: build.source_digest(spec.fn) for name, spec in job.cfg.rewards.items()},
-    }
 
 
 def _join_ray(job: Job, parts: ExitStack) -> Exchange | None:

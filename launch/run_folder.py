@@ -139,7 +139,13 @@ def at_work(folder: Path) -> bool:
 
 
 def drop_after(folder: Path, step: int) -> int:
-    """Cut what metrics.jsonl says of later steps, which will happen again; returns how many rows that were."""
+    """Cut what metrics.jsonl and the ledger say of later steps, which will happen again; returns how many rows of the
+    former that were."""
+    from core import ledger_table  # with pyarrow, which not every verb waits for
+
+    for file in ledger_table.files(folder):
+        if ledger_table.step_of(file) > step:
+            file.unlink()
     path, rows = folder / "metrics.jsonl", read_rows(folder)
     kept = [row for row in rows if row["step"] <= step]
     text = "".join(json.dumps(row) + "\n" for row in kept)

@@ -111,7 +111,8 @@ def train_in_process(
     cfg = load(file, overrides)
     cluster.prepare_environment()
     cluster.prepare_hub(cfg)
-    from launch.run import Inline, run
+    from launch.job import Inline
+    from launch.run import run
 
     return run(cfg, Inline(functions=functions, **inline))
 

@@ -99,6 +99,20 @@ def test_the_first_ratio_is_1_and_kl_to_the_reference_is_0(name, temperature):
     assert stats["ppo/ratio_mean"] == pytest.approx(1, abs=1e-4) and abs(stats["ppo/approx_kl"]) < 1e-4
 
 
+@pytest.mark.parametrize("name", ["llama-tied", "gpt2"])
+def test_what_is_recorded_as_new_are_the_log_probs_of_the_last_pass(name):
+    """After two passes of one mini-batch each: those of the policy after the first. In the columns of the batch, though
+    rows went through the model in other orders and widths."""
+    same = {"optim.schedule": "constant", "log.ledger": 1.0, "run.checks": False, "ppo.micro_batch_size": 5}
+    once, _, batch = updated(configured(**same), name)
+    twice, _, _ = updated(configured(**same, **{"ppo.ppo_epochs": 2}), name)
+    mask, after_once = batch.response_mask, once.annotate(rolled(name))[0].old_logprobs
+    assert torch.allclose(once.new_logprobs[mask], batch.old_logprobs[mask], atol=1e-5)
+    assert torch.allclose(twice.new_logprobs[mask], after_once[mask], atol=1e-5)
+    assert (after_once - batch.old_logprobs)[mask].abs().max() > 1e-3
+    assert updated(configured(**{"log.ledger": 0}), name)[0].new_logprobs is None
+
+
 def test_another_temperature_in_the_rollout_stops_the_run():
     with pytest.raises(InvariantFault, match="rollout workers and learner differ"):
         learner(configured(**{"rollout.temperature": 1.0})).annotate(rolled(temperature=1.1))

@@ -21,7 +21,8 @@ from core.trajectory import PromptRequest, Trajectory, sample_uid
 from core.under_way import UnderWay, Written, deal
 from core.weights import Probe, named_tensors
 from launch import build, under_way
-from launch.run import Inline, _read_input
+from launch.job import Inline
+from launch.run import _read_input
 from rollout.engines.engine import Begun
 from rollout.engines.sampling import Filters
 from rollout.engines.transformers_engine import TransformersEngine

@@ -114,6 +114,8 @@ class Learner:
         if cfg.model.gradient_checkpointing:
             self.policy.checkpoint_activations()
         self._last_lr = 0.0
+        # Of the last update, by the rows of its batch; None unless they are to be recorded.
+        self.new_logprobs: Tensor | None = None  # [B, T] float32, on the device
         self._first_ratio_error: float | None = None  # of the step under way, of all ranks; None where there is none
         self._ranks_agree = self.ranks.size == 1  # equal parameters after a first step of this process were seen
         self._texts = texts or []
@@ -271,6 +273,9 @@ class Learner:
         starts_at_1 = not self._off_policy or cfg.importance_cap is not None
         self._optimizer_steps = self._schedule_at(self.step)
         self._first_ratio_error = None
+        self.new_logprobs = None
+        if self.cfg.log.ledger:
+            self.new_logprobs = torch.zeros(batch.response_mask.shape, device=self.device)
         for epoch in range(cfg.ppo_epochs):
             of_epoch: list[dict[str, Tensor]] = []
             for index, mini in enumerate(self._mini_batches(batch, epoch)):
@@ -340,7 +345,7 @@ class Learner:
             last = i == mini.n_micro - 1
             self._accelerator.gradient_state._set_sync_gradients(last)
             with nullcontext() if last else self._accelerator.no_sync(self._engine):
-                loss, sums = self._micro_loss(micro, mini.n_valid)
+                loss, sums = self._micro_loss(micro, mini.n_valid, rows)
                 n = torch.full_like(parts[0]["tokens"], float(micro.response_mask.sum()))
                 parts.append({**sums, "tokens": n, _LOSS: loss.detach().double()})
                 if last:  # DeepSpeed takes its step inside the last backward
@@ -397,8 +402,11 @@ class Learner:
             )
         self._ranks_agree = True
 
-    def _micro_loss(self, micro: TrainBatch, n_valid: float) -> tuple[Tensor, dict[str, Tensor]]:
-        """The share of one micro-batch in the loss of its optimizer step, and what is logged of it, as sums."""
+    def _micro_loss(
+        self, micro: TrainBatch, n_valid: float, rows: np.ndarray | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The share of one micro-batch, `rows` of the batch, in the loss of its optimizer step, and as sums what is
+        logged of it."""
         cfg, mask = self.cfg.ppo, micro.response_mask
         warming = self._warming
 
@@ -415,7 +423,11 @@ class Learner:
             advantages=flat(micro.advantages),
         )
 
+        seen = torch.zeros(len(every), device=self.device) if self.new_logprobs is not None else None
+
         def token_loss(logprobs: Tensor, entropy: Tensor | None, at: slice) -> tuple[Tensor, dict[str, Tensor]]:
+            if seen is not None:
+                seen[at] = logprobs.detach().float()
             loss, sums = policy_objective(logprobs, entropy, known[at], cfg, n_valid)
             return loss * 0.0 if warming else loss, sums
 
@@ -427,6 +439,10 @@ class Learner:
             with_entropy=cfg.entropy_coef > 0,
             value_only=warming,
         )
+        if seen is not None and rows is not None:
+            of_rows = torch.zeros(mask.shape, device=self.device)
+            of_rows[mask.to(self.device)] = seen
+            self.new_logprobs[torch.from_numpy(rows).to(self.device), : mask.shape[1]] = of_rows
         known_values, returns, valid, n_heads = micro.values, micro.returns, every, 1
         if heads := self.cfg.value_heads:  # their mean, so that vf_coef means the same for any number of them
             n_heads, valid = len(heads), every[:, None].expand(-1, len(heads))

@@ -82,6 +82,23 @@ class Rewards(Protocol):
         ...
 
 
+class Recorder(Protocol):
+    counters: Counter[str]
+
+    def record(
+        self,
+        step: int,
+        batch: TrainBatch,
+        trajectories: list[Trajectory],
+        combined: Combined,
+        new_logprobs: Tensor | None,
+        weights: dict[str, float],
+        before: dict[str, Any],
+    ) -> None:
+        """Keep what a step was, token by token; waits for nothing."""
+        ...
+
+
 class Publisher(Protocol):
     def publish(self, version: int) -> None: ...
 
@@ -123,6 +140,7 @@ def train(
     publisher: Publisher,
     log: RunLog,
     state: TrainState,
+    ledger: Recorder,
     on_eval: Callable[[int, dict[str, float]], None],
     on_step: Callable[[int, dict[str, float], list[str], dict[str, Any]], bool],
 ) -> None:
@@ -153,7 +171,7 @@ def train(
         with log.time("annotate"):
             batch = TrainBatch.collate(trajectories, cfg.rewards)
             batch, policy_means = learner.annotate(batch)
-        weights = weights_at(step, cfg.rewards, state.multipliers)
+        weights, before = weights_at(step, cfg.rewards, state.multipliers), state.to_json()
         combined = combine(
             batch.component_rewards,
             batch.component_mask,
@@ -179,6 +197,8 @@ def train(
             update_means = learner.update(batch)
         with log.time("sync"):
             publisher.publish(step)
+        with log.time("log"):
+            ledger.record(step, batch, trajectories, combined, learner.new_logprobs, weights, before)
 
         means = rollout_sums(batch, combined, trajectories, version=step - 1).merge(ranks.sum_list).means()
         means |= policy_means | credit_means | update_means | {"objective/kl_coef": state.kl.coef}
@@ -198,7 +218,7 @@ def train(
                 held_out_means = evaluate(cfg, held_out, rollouts, rewards, ranks, version=step)
                 on_eval(step, held_out_means)
                 means |= held_out_means
-        means |= faults(rollouts, rewards, ranks, state.faults)
+        means |= faults([rollouts.counters, rewards.counters, ledger.counters], ranks, state.faults)
         means["perf/rollout_tokens_per_s"] = tokens / written.seconds
         log.step(step, means, samples=samples, learner_tokens=tokens * means["ppo/epochs"])
         if not on_step(step, means, [t.request.sample_uid for t in trajectories], ahead.prompts_state):
@@ -319,11 +339,11 @@ def totals(batch: TrainBatch, ranks: Ranks) -> list[tuple[int, float]]:
     return sorted(sample for of_rank in ranks.gather(list(mine)) for sample in of_rank)
 
 
-def faults(rollouts: Rollouts, rewards: Rewards, ranks: Ranks, before: Counter[str]) -> dict[str, float]:
+def faults(parts: list[Counter[str]], ranks: Ranks, before: Counter[str]) -> dict[str, float]:
     """Counters of all ranks, added to those of earlier launches of the run, as metrics."""
     total = Counter(before)
     # Copied at once: where batches are written ahead, another thread counts too.
-    mine = Counter(dict(rollouts.counters)) + Counter(dict(rewards.counters))
+    mine = sum((Counter(dict(counters)) for counters in parts), Counter())
     for counters in ranks.gather(mine):
         total.update(counters)
     return {f"faults/{name}": count for name, count in total.items()}

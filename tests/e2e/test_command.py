@@ -8,6 +8,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 from safetensors.torch import load_file
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import tiny_models
 import tokenppo
 from cards_run import ROOT, Run, same_numbers
+from core import ledger_table
 from core.diagnosis import Diagnosis, Facts
 from core.faults import RewardFault, UserError
 from core.metrics import lookup
@@ -60,6 +62,7 @@ rewards:
 ppo: {mini_batch_size: 8, micro_batch_size: 4}
 optim: {lr: 0.001}
 run: {steps: 3, eval_every: 2}
+log: {ledger: 1}
 """
     )
     return folder
@@ -115,6 +118,22 @@ def test_weights_load_with_from_pretrained(finished, which):
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     assert model.config.model_type == "gpt2" and tokenizer.decode(tokenizer.encode("the cat")) == "the cat"
     assert load_file(folder / "value_head.safetensors")["weight"].abs().sum() > 0
+
+
+def test_the_ledger_holds_every_token_of_every_step(finished):
+    for row in finished.rows():
+        table, (said,) = ledger_table.read(finished.folder, row["step"])
+        assert table.num_rows == 16 and said["weights"] == {"vowels": 1.0, "brevity": 0.5, "topic": 0.0}
+        lines = table.to_pylist()
+        total = sum(sum(line["token_rewards"]) for line in lines) / 16
+        assert total == pytest.approx(row["reward/total"], abs=1e-5)
+        assert sum(len(line["clipped"]) for line in lines) == pytest.approx(16 * row["response/length_mean"])
+        for line in lines:
+            weighted = np.sum([values for _, values in line["weighted"]], axis=0)
+            np.testing.assert_allclose(weighted, line["token_rewards"], atol=1e-6)
+            assert set(line["policy_version"]) == {row["step"] - 1}
+            assert "".join(line["tokens"]) == line["response_text"]
+        assert "faults/ledger_missed" not in row
 
 
 def test_tensorboard_holds_the_same_numbers(finished):

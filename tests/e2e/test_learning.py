@@ -11,7 +11,8 @@ from cards_run import CARDS, ROOT, Run, checkout
 from core.config import load
 from core.faults import InvariantFault
 from core.weights import WeightManifest, bucket_digest, version_digest
-from launch.run import Inline, run
+from launch.job import Inline
+from launch.run import run
 from launch.weight_transport import ObjectStoreTransport
 
 pytestmark = pytest.mark.slow
