@@ -80,6 +80,7 @@ class Child:
             except (BrokenPipeError, subprocess.TimeoutExpired):
                 self._process.kill()
                 self._process.wait()
+        self._answers.close()
 
 
 def reset_peak() -> None:

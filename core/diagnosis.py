@@ -147,7 +147,8 @@ def _entropy(h: History, facts: Facts) -> Iterator[Finding]:
     best = max(fmean(past[i : i + 5]) for i in range(len(past) - 4))
     last, start = fmean([*past[-4:], h.now(total)]), fmean(h.first(total))
     fallen = best - last > 0.25 * max(best - start, abs(best) * 0.1)
-    never_rose = best - start <= 0.1 * abs(start)
+    spread = h.first("response/reward_std")
+    never_rose = best - start <= (0.25 * fmean(spread) if spread else 0.1 * abs(start))
     if value < bound and (fallen or never_rose):
         yield Finding(name, value, bound)
 

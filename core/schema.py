@@ -274,10 +274,6 @@ class RolloutConfig(Section):
             if self.round_tokens >= self.max_new_tokens:
                 remedy = f"does nothing: no response is longer than rollout.max_new_tokens = {self.max_new_tokens}"
                 refuse("round_tokens", self.round_tokens, f"{remedy}; give less, or leave it out")
-            if self.chunk_size % self.n_samples_per_prompt:
-                n = self.n_samples_per_prompt
-                remedy = f"with rollout.round_tokens a multiple of rollout.n_samples_per_prompt {n}, so that no prompt"
-                refuse("chunk_size", self.chunk_size, f"must be, {remedy} is parted; {n * -(-self.chunk_size // n)} is")
             if self.environment is not None:
                 remedy = "what an environment holds of a response does not outlive a round (rollout.environment)"
                 refuse("round_tokens", self.round_tokens, f"{remedy}; take one of the two away")

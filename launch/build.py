@@ -182,6 +182,11 @@ def shares(cfg: Config, rank: int = 0, n_ranks: int = 1) -> Shares:
             f"rollout.workers = {cfg.rollout.workers}: with rollout.round_tokens each of the {n_ranks} learner"
             f" processes drives workers of its own; give {n_ranks} or more"
         )
+    if 0 < cfg.rollout.extra_prompts < n_ranks:
+        raise UserError(
+            f"rollout.extra_prompts = {cfg.rollout.extra_prompts}: of the {n_ranks} learner processes some would have"
+            f" none, and all would wait for their longest responses; give {n_ranks} or more"
+        )
     return Shares(rank, n_ranks, cfg.rollout.workers, cfg.rollout.chunk_size)
 
 

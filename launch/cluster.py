@@ -62,12 +62,18 @@ def refuse_transport(cfg: Config, device: str, learners: int) -> None:
             f"sync.transport = {cfg.sync.transport}: weights of vLLM arrive in host memory (docs/rollout.md), which"
             " neither NCCL nor CUDA IPC reaches; use object_store"
         )
+    shares = cfg.rollout.placement == "colocated" or (cfg.rollout.gpus_per_worker or 1) < 1
+    if cfg.sync.transport == "collective" and device != "cpu" and shares:
+        raise UserError(
+            "sync.transport = collective: NCCL wants a GPU for each learner and worker, and they share some; set"
+            " rollout.placement: apart and rollout.gpus_per_worker: 1, or use object_store"
+        )
     if cfg.sync.transport == "cuda_ipc" and device == "cpu":
         raise UserError("sync.transport = cuda_ipc: there is no GPU to share here; use object_store or collective")
     if cfg.sync.transport == "cuda_ipc" and learners > 1:
         raise UserError(
             f"sync.transport = cuda_ipc: {learners} learner processes were asked for, and memory of one GPU reaches the"
-            " workers on it alone; use collective"
+            " workers on it alone; use object_store"
         )
 
 
@@ -159,6 +165,7 @@ def ray_session(cfg: Config, address: str | None = None) -> Iterator[str]:
     """Ray up to the end of the block; gives its address. Everything started inside dies with it, also if this process
     is killed. `address`: of the Ray that another learner process of this run started or joined."""
     import ray
+    import torch
     from ray.exceptions import AuthenticationError
 
     if cfg.resources.ray_address:  # it has a token, which a new one would not match
@@ -170,6 +177,8 @@ def ray_session(cfg: Config, address: str | None = None) -> Iterator[str]:
     house = str(Path(__file__).resolve().parent.parent)
     runtime_env = {
         "env_vars": {name: os.environ[name] for name in FOR_WORKERS if name in os.environ}
+        # Ray must show each worker its own GPUs, whatever the image of this machine is made for.
+        | {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "0"}
         | {"PYTHONPATH": os.pathsep.join([house, *filter(None, [os.environ.get("PYTHONPATH")])])},
         "worker_process_setup_hook": "tokenppo.claim_packages",
     }
@@ -182,6 +191,7 @@ def ray_session(cfg: Config, address: str | None = None) -> Iterator[str]:
             ray.init(
                 address="local",
                 num_cpus=cores(),
+                num_gpus=torch.cuda.device_count(),  # that we can use; Ray would count what the driver lists
                 object_store_memory=cfg.resources.object_store_mb * 2**20,
                 include_dashboard=False,
                 logging_level=logging.WARNING,

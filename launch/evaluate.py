@@ -3,6 +3,8 @@
 from contextlib import ExitStack
 from pathlib import Path
 
+import torch
+
 from core.config import load
 from core.faults import UserError
 from launch import build, cluster, early, environment, interpreter
@@ -10,6 +12,16 @@ from launch.reservation import reserve
 from trainer.evaluate import summary_of
 from trainer.loop import evaluate
 from trainer.ranks import Ranks
+
+# Where a run had GPUs and there are none now.
+WITHOUT_GPUS = {
+    "rollout.placement": "colocated",
+    "rollout.gpus_per_worker": None,
+    "rollout.gpu_memory": None,
+    "rollout.sleep": False,
+    "resources.reward_gpus": 0,
+    "resources.reward_placement": "colocated",
+}
 
 
 def evaluate_run(run: Path, *, weights: str, data: str | None) -> dict[str, float]:
@@ -21,6 +33,8 @@ def evaluate_run(run: Path, *, weights: str, data: str | None) -> dict[str, floa
         overrides["model.path"] = str((run / weights).absolute())
         if not (run / weights).is_dir():
             raise UserError(f"--weights {weights}: {run / weights} does not exist")
+    if not torch.cuda.is_available() and load(run / "config.yaml", overrides).resources.ray_address is None:
+        overrides |= WITHOUT_GPUS
     cfg = load(run / "config.yaml", overrides)
     if not cfg.data.has_held_out:
         raise UserError("data.eval_path = null: this run has no held-out prompts; name some with --data")

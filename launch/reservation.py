@@ -151,7 +151,18 @@ def _hold(name: str, bundles: list[Bundle], ids: dict[str, str]) -> PlacementGro
 
 def _in_order(held: list[Held], bundles: list[Bundle], learners: list[tuple[str, str]]) -> list[Held]:
     """The bundles of learners by the GPU that each turned out to be. Raises UserError where Ray gave other GPUs."""
-    look = ray.remote(num_cpus=0, max_retries=0)(_gpu_ids)
+
+    def gpu_ids() -> list[str]:  # defined here, it travels by itself, and needs nothing of ours there
+        import os
+
+        import ray
+
+        given, shown = [str(gpu).strip() for gpu in ray.get_gpu_ids()], os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        if given and [gpu.strip() for gpu in shown.split(",")] != given:
+            raise RuntimeError(f"Ray gave a process the GPUs {given} and shows it {shown!r} (CUDA_VISIBLE_DEVICES)")
+        return given
+
+    look = ray.remote(num_cpus=0, max_retries=0)(gpu_ids)
     asked = [look.options(**_options(h, b.gpus)).remote() for h, b in zip(held, bundles, strict=True)]
     try:
         of_bundle = ray.get(asked, timeout=READY_S)
@@ -177,10 +188,6 @@ def _in_order(held: list[Held], bundles: list[Bundle], learners: list[tuple[str,
 def _options(held: Held, gpus: float) -> dict[str, Any]:
     place = PlacementGroupSchedulingStrategy(held.group, placement_group_bundle_index=held.index)
     return {"num_gpus": gpus, "scheduling_strategy": place}
-
-
-def _gpu_ids() -> list[str]:
-    return [str(gpu) for gpu in ray.get_gpu_ids()]
 
 
 def _alive() -> dict[str, Any]:

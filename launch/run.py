@@ -264,7 +264,8 @@ def _train(
                 "trackers": trackers.ids if trackers else {},
                 "config": cfg.model_dump(mode="json"),
             }
-            tables = {under_way.file_of(ranks.index): state.backlog.table()} if cfg.rollout.in_rounds else None
+            with ranks.together():  # a row of the data may be one that no table holds
+                tables = {under_way.file_of(ranks.index): state.backlog.table()} if cfg.rollout.in_rounds else None
             where, keep = folder / run_folder.CHECKPOINTS, cfg.run.keep_checkpoints
             checkpoint.save(where, learner, content, keep=keep, tables=tables)
         return reason is None

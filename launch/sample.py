@@ -19,7 +19,7 @@ from core.faults import RewardFault, UserError
 from core.pretrained import load_tokenizer
 from core.schema import Config, RewardConfig
 from core.trajectory import PromptRequest, Trajectory
-from launch import build, cluster, early, environment
+from launch import build, early, environment
 from launch.heat_map import heat_map
 from reward_server.components import load_component, missing_arguments
 from reward_server.server import RewardServer, ScoreFailure
@@ -63,7 +63,7 @@ def sample_run(
         row: number of a held-out prompt, or of a training prompt where there are none; 0 without `text`.
         component: whose raw rewards colour the tokens; the weighted sum of all if None.
     """
-    cfg = _configuration(run, weights, device, max_new_tokens)
+    cfg, device = _configuration(run, weights, max_new_tokens), _device(device)
     tokenizer = load_tokenizer(cfg.model.path)
     chosen = _row(cfg, tokenizer, text, row)
     components, unscored = _components(cfg, chosen)
@@ -84,7 +84,7 @@ def sample_run(
     models = list(dict.fromkeys(filter(None, [weights, compare])))
     written = {which: _write(run, cfg, tokenizer, which, device, requests) for which in models}
     base = None
-    if "base" in models:
+    if "base" in models and not cfg.rollout.filters:  # with filters the two would be over other ids
         of_trained = written[weights] if weights != "base" else []
         base = _logprobs_under(run, cfg, tokenizer, device, of_trained)
     samples = []
@@ -99,10 +99,19 @@ def sample_run(
     return RewardFault.exit_code if any(s.failures for s in samples) else 0
 
 
-def _configuration(run: Path, weights: str, device: str, max_new_tokens: int | None) -> Config:
+def _device(asked: str) -> str:
+    """cpu or cuda, whatever the run was made on."""
+    import torch
+
+    if asked == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no CUDA device; use cpu or auto")
+    return "cuda" if asked != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def _configuration(run: Path, weights: str, max_new_tokens: int | None) -> Config:
     if not (run / "config.yaml").is_file():
         raise UserError(f"RUN = {run}: there is no run in this folder (no config.yaml)")
-    overrides: dict[str, object] = {"resources.device": device}
+    overrides: dict[str, object] = {"rollout.round_tokens": None, "rollout.extra_prompts": 0}  # written whole
     if weights != "base":
         overrides["model.path"] = str(_folder(run, weights))
     if max_new_tokens is not None:
@@ -164,7 +173,7 @@ def _engine(run: Path, cfg: Config, tokenizer: Any, weights: str, device: str) -
         update={"rollout": embedded, "model": cfg.model.model_copy(update={"path": path})},
     )
     stop = stop_ids(cfg.model.path, tokenizer.eos_token_id)
-    return build.engine_loader(of_weights, stop, cluster.device(of_weights))()
+    return build.engine_loader(of_weights, stop, device)()
 
 
 def _write(

@@ -3,9 +3,9 @@
     step s   take prompts ─> round ─> round ... until as many prompts are ready as a batch has ─> batch of step s
                               └ every response that is not over gets `tokens` more
 
-Legend: N ranks. Ranks never ask each other: the prompt that stands at place p of a batch belongs to the rank that has
-its chunk in a batch that is written whole (shares.py), and ordinal o stands at place o mod `prompts_per_step`. So every
-rank takes as many prompts in each step as it trains on.
+Legend: N ranks. Ranks never ask each other: ordinal o stands at place p = o mod `prompts_per_step` of a batch, and
+belongs to rank p mod N. So every rank takes as many prompts in each step as it trains on, and what is under way besides
+(`rollout.extra_prompts`, the first places) is dealt out evenly too.
 """
 
 from dataclasses import dataclass
@@ -18,13 +18,13 @@ class RoundPlan:
     tokens: int  # that a response gets in a round at most
     prompts_per_step: int  # of all ranks
     n_samples: int  # of each prompt
-    chunk_size: int  # a multiple of n_samples
+    chunk_size: int
     rank: int = 0
     n_ranks: int = 1
 
     def owner(self, place: int) -> int:
         """The rank of the prompt at a place of a batch; places go on in the next batch."""
-        return place % self.prompts_per_step * self.n_samples // self.chunk_size % self.n_ranks
+        return place % self.prompts_per_step % self.n_ranks
 
     @property
     def quota(self) -> int:

@@ -27,13 +27,13 @@ class StopStrings:
         self._strings, self._needles = list(strings), [s.encode() for s in strings]
         self._longest = max(map(len, self._needles))
 
-    def completed_by_last(self, ids: np.ndarray, begun: int = 0) -> bool:
+    def completed_by_last(self, ids: np.ndarray, turn: int = 0) -> bool:
         """Whether the last of `ids` ([T] int64: all of a response so far) completes a string.
 
-        A string that ended before it does not count, nor does one that begins in the first `begun` tokens: what an
+        A string that ended before it does not count, nor does one that begins before token `turn`: what an
         earlier turn ended with, or an environment wrote, ends nothing again.
         """
-        own = ids[begun:]
+        own = ids[turn:]
         last = self._mapper.bytes_of(int(own[-1]))
         if last is None:
             before, text = (self._mapper.text(x.tolist()) for x in (own[:-1], own))

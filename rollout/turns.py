@@ -85,6 +85,7 @@ class Turns:
                     response_ids=np.append(g.response_ids, observation),
                     logprobs=np.append(g.logprobs, none),
                     kept=None if g.kept is None else g.kept.and_undrawn(len(observation)),
+                    turn=len(g.response_ids) + len(observation),
                 )
                 going_on.append(i)
             if not (alive := going_on):
@@ -119,7 +120,10 @@ class Turns:
             response_ids=g.response_ids,
             logprobs=g.logprobs,
             action_mask=mask,
-            token_offsets=self._map_offsets(g.response_ids)[1],
+            # Of what is not over nobody reads them, and it may end within a character.
+            token_offsets=np.zeros((len(mask), 2), np.int64)
+            if reason is None
+            else self._map_offsets(g.response_ids)[1],
             finish_reason=reason,
             kept=g.kept,
         )

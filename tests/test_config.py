@@ -9,7 +9,7 @@ import yaml
 from core.config import from_tree, load, markdown, parse_override, to_yaml
 from core.faults import UserError
 from core.schema import leaf_keys
-from launch import arguments
+from launch import arguments, cluster
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = sorted((ROOT / "configs").glob("*.yaml"))
@@ -35,6 +35,20 @@ def test_shipped_configs_load_and_are_short(path):
 
 def test_there_are_shipped_configs():
     assert "cards.yaml" in [p.name for p in SHIPPED]
+
+
+@pytest.mark.parametrize(
+    ("placed", "works"),
+    [({}, False), ({"placement": "apart"}, True), ({"placement": "apart", "gpus_per_worker": 0.5}, False)],
+)
+def test_nccl_wants_a_gpu_for_everybody(placed, works):
+    cfg = load(None, LEAST | {"sync.transport": "collective"} | {f"rollout.{key}": x for key, x in placed.items()})
+    cluster.refuse_transport(cfg, "cpu", 1)
+    if works:
+        cluster.refuse_transport(cfg, "cuda", 1)
+    else:
+        with pytest.raises(UserError, match="sync.transport = collective: NCCL wants a GPU for each"):
+            cluster.refuse_transport(cfg, "cuda", 1)
 
 
 @pytest.mark.parametrize("transport", ["collective", "cuda_ipc"])

@@ -145,6 +145,12 @@ def test_entropy_may_fall_while_the_reward_is_high():
     assert verdict.rule == "entropy-collapse"
 
 
+def test_a_model_that_is_sure_of_what_it_does_well_is_no_collapse():
+    """It begins near the top and gets there: little rise, but most of the spread that there was."""
+    spread, sure = {"response/reward_std": 0.3}, {"objective/entropy": 0.001, "response/reward_std": 0.01}
+    assert run(lambda s: {"reward/total": min(1.0, 0.8 + 0.01 * s)} | (sure if s >= 20 else spread)) == []
+
+
 def test_a_kl_that_grows_steadily_is_no_jump():
     assert run(lambda s: {"objective/kl": 0.05 * s**1.5}) == []
 

@@ -11,6 +11,7 @@ import torch
 import tiny_models
 from core.faults import UserError
 from core.trajectory import KeptTokens, PromptRequest
+from rollout.engines import transformers_engine
 from rollout.engines.engine import Begun
 from rollout.engines.sampling import Filters, sample
 from rollout.engines.transformers_engine import TransformersEngine, stop_ids, uniforms
@@ -274,3 +275,20 @@ def test_stop_ids_come_from_generation_config_and_tokenizer(tmp_path):
     assert stop_ids(str(folder), 5) == (5,)
     with pytest.raises(UserError, match="eos"):
         stop_ids(str(folder), None)
+
+
+def test_texts_are_read_in_passes_of_bounded_size(monkeypatch):
+    """A pass has one text at least, equal ones count once, and no id depends on how many there are."""
+    long, short = np.arange(50), np.arange(20)
+    assert transformers_engine._fit([long] * 9, 0, 9) == 9
+    monkeypatch.setattr(transformers_engine, "READ_TOKENS", 100)
+    texts = [long, long + 1, long + 2, short, long, short]
+    assert [transformers_engine._fit(texts, first, 6) for first in range(6)] == [2, 3, 4, 6, 6, 6]
+    monkeypatch.setattr(transformers_engine, "READ_LOGITS", 3)  # two texts of two lengths want four
+    assert [transformers_engine._fit(texts, first, 6) for first in range(6)] == [2, 3, 3, 4, 5, 6]
+    served, asked = engine("llama-tied", often=True), several_samples(5, 4)
+    few = served.generate(asked)
+    monkeypatch.undo()
+    for a, b in zip(few, served.generate(asked), strict=True):
+        assert a.response_ids.tolist() == b.response_ids.tolist()
+        np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-5)

@@ -267,10 +267,27 @@ def test_another_number_of_ranks_loses_nothing_and_fills_every_batch(tmp_path, b
     assert sorted(trained) == [(o, k) for o in range(72) for k in range(2)]
 
 
-def test_a_rank_without_a_chunk_of_a_batch_has_none_in_rounds():
-    plans = [RoundPlan(tokens=1, prompts_per_step=4, n_samples=2, chunk_size=4, rank=r, n_ranks=3) for r in range(3)]
-    assert [plan.quota for plan in plans] == [2, 2, 0]
-    assert [plans[0].owner(o) for o in range(9)] == [0, 0, 1, 1, 0, 0, 1, 1, 0]
+@pytest.mark.parametrize(
+    ("prompts", "extra", "chunk", "n_ranks"), [(256, 32, 32, 8), (64, 16, 64, 4), (64, 32, 48, 2), (4, 3, 2, 3)]
+)
+def test_prompts_and_those_besides_are_dealt_out_evenly_whatever_the_chunks(prompts, extra, chunk, n_ranks):
+    """A rank without any besides would write until its longest response is over, in every step, and all wait for it."""
+    plans = [
+        RoundPlan(tokens=1, prompts_per_step=prompts, n_samples=2, chunk_size=chunk, rank=r, n_ranks=n_ranks)
+        for r in range(n_ranks)
+    ]
+    quotas = [plan.quota for plan in plans]
+    assert sum(quotas) == prompts and max(quotas) - min(quotas) <= 1
+    besides = [sum(plan.owner(place) == plan.rank for place in range(extra)) for plan in plans]
+    assert sum(besides) == extra and max(besides) - min(besides) <= 1 <= min(besides)
+    for step in range(3):  # each rank takes as many as it trains on
+        taken = range(step * prompts + extra, (step + 1) * prompts + extra)
+        assert [sum(plan.owner(o) == plan.rank for o in taken) for plan in plans] == quotas
+
+
+def test_a_rank_without_prompts_besides_is_refused():
+    with pytest.raises(UserError, match="rollout.extra_prompts = 2: of the 3 learner processes some would have none"):
+        build.shares(configured(**{"rollout.extra_prompts": 2, "rollout.workers": 3}), 0, 3)
 
 
 def test_prompts_of_which_samples_were_dropped_go_on_without_them(tmp_path):
@@ -361,7 +378,6 @@ def test_a_worker_goes_on_under_new_weights_and_tokens_keep_the_version_that_wro
     [
         ({"round_tokens": None}, "rollout.extra_prompts = 7: does nothing without rollout.round_tokens"),
         ({"round_tokens": 40}, "rollout.round_tokens = 40: does nothing: no response is longer than"),
-        ({"chunk_size": 5}, "rollout.chunk_size = 5: must be, with rollout.round_tokens a multiple of .*; 6 is"),
         ({"extra_prompts": 13}, "rollout.extra_prompts = 13: is more than the 12 prompts of a step"),
         ({"environment": "t.py:Tool"}, "rollout.round_tokens = 8: what an environment holds of a response"),
     ],

@@ -40,11 +40,11 @@ def run(tmp_path) -> Path:
     return configured(tmp_path, base, vowels={"weight": 2.0}, brevity={"weight": 0.1}, graded={})
 
 
-def configured(folder: Path, base: Path, **components: dict) -> Path:
+def configured(folder: Path, base: Path, *, rollout: dict | None = None, **components: dict) -> Path:
     config = {
         "model": {"path": str(base), "dtype": "float32"},
         "data": {"path": str(folder / "p.jsonl")},
-        "rollout": {"max_new_tokens": 12, "temperature": 0.9},
+        "rollout": {"max_new_tokens": 12, "temperature": 0.9} | (rollout or {}),
         "rewards": {name: {"fn": f"{folder / 'rewards.py'}:{name}"} | more for name, more in components.items()},
         "run": {"name": "r", "dir": str(folder / "runs")},
     }
@@ -120,6 +120,18 @@ def test_what_could_not_be_scored_has_no_number(run, capsys):
     assert sample_run(run, device="cpu") == RewardFault.exit_code
     shown = capsys.readouterr().out
     assert "not scored: broken" in shown and "\x1b[2J" not in shown
+
+
+def test_a_run_that_was_written_otherwise_is_sampled_all_the_same(run, capsys):
+    """In rounds, with GPUs that are not here, with filters: whose log-probs are over other ids than the base's are."""
+    plain = sampled(capsys, run, max_new_tokens=6)
+    there = {"round_tokens": 8, "extra_prompts": 4, "gpus_per_worker": 0.5, "placement": "apart"}
+    configured(run.parents[1], run.parents[1] / "base", rollout=there, vowels={"weight": 2.0})
+    again = sampled(capsys, run, max_new_tokens=6)
+    assert [s["text"] for s in again["samples"]] == [s["text"] for s in plain["samples"]]
+    configured(run.parents[1], run.parents[1] / "base", rollout={"top_k": 5}, vowels={})
+    got = sampled(capsys, run, compare="base")
+    assert {token["base_logprob"] for sample in got["samples"] for token in sample["tokens"]} == {None}
 
 
 def test_the_page_shows_prompt_sums_and_text(run, capsys):

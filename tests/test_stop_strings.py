@@ -11,6 +11,7 @@ from tokenizers import decoders
 import tiny_models
 from core.config import load
 from core.faults import UserError
+from rollout.engines.engine import Begun
 from rollout.engines.sampling import Filters
 from rollout.engines.transformers_engine import TransformersEngine
 from rollout.stop_strings import StopStrings
@@ -164,11 +165,37 @@ def test_what_ended_an_earlier_turn_or_came_from_an_environment_ends_nothing_aga
     assert stops.completed_by_last(np.array(stop))
     for n in range(1, 4):
         later = np.concatenate([turn, np.array(more * n)])
-        assert not stops.completed_by_last(later, begun=len(turn)) and not stops.completed_by_last(later)
+        assert not stops.completed_by_last(later, turn=len(turn)) and not stops.completed_by_last(later)
     again = np.concatenate([turn, np.array([*more, *stop])])
-    assert stops.completed_by_last(again, begun=len(turn))
+    assert stops.completed_by_last(again, turn=len(turn))
     # An observation that ends as the string does completes nothing for the token behind it.
-    assert not stops.completed_by_last(np.array([*answer, *stop, *more]), begun=len(answer) + len(stop))
+    assert not stops.completed_by_last(np.array([*answer, *stop, *more]), turn=len(answer) + len(stop))
     half = np.array(stop)
     if len(half) > 1:
-        assert not stops.completed_by_last(half, begun=len(half) - 1)  # begun by the environment
+        assert not stops.completed_by_last(half, turn=len(half) - 1)  # begun by the environment
+
+
+@pytest.mark.parametrize("most", [1, 2, 3, 5])
+@pytest.mark.parametrize("in_slots", [True, False])
+def test_a_string_that_lies_in_two_rounds_ends_a_response_as_one_that_does_not(in_slots, most):
+    """Three tokens and more, so that a round ends within most of them."""
+    model = tiny_models.make_model("llama-tied")
+    plain = TransformersEngine(model, (), temperature=1.0, max_new_tokens=20)
+    asked = tiny_models.make_requests(12)
+    texts = [TOKENIZER.decode(g.response_ids.tolist()) for g in plain.generate(asked)]
+    strings = sorted({text[i : i + 4] for text in texts for i in range(4, 40, 5)})
+    strings = [s for s in strings if len(s) == 4 and "\N{REPLACEMENT CHARACTER}" not in s]
+    stops = StopStrings(strings, TOKENIZER)
+    engine = TransformersEngine(model, (), temperature=1.0, max_new_tokens=20, stop_strings=stops)
+    engine.in_slots = in_slots
+    want = engine.generate(asked)
+    assert sum(g.finish_reason == "stop" for g in want) > 3
+    got: list = [None] * len(asked)
+    while left := [i for i, g in enumerate(got) if g is None or g.finish_reason is None]:
+        begun = [
+            None if got[i] is None else Begun(response_ids=got[i].response_ids, logprobs=got[i].logprobs) for i in left
+        ]
+        for i, g in zip(left, engine.generate([asked[i] for i in left], begun, most), strict=True):
+            got[i] = g
+    for a, b in zip(want, got, strict=True):
+        assert a.response_ids.tolist() == b.response_ids.tolist() and a.finish_reason == b.finish_reason

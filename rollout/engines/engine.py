@@ -24,6 +24,7 @@ class Begun:
     response_ids: np.ndarray  # [t] int64
     logprobs: np.ndarray  # [t] float32, kept as they are
     kept: KeptTokens | None = None  # of [t] where the engine filters; no ids for tokens that nothing was drawn for
+    turn: int = 0  # where the turn that goes on starts: a stop string lies in it whole
 
 
 class Engine(Protocol):

@@ -41,12 +41,10 @@ class PackedLinears:
 
 
 def _is_worth_it(weight: Tensor) -> bool:
-    return (
-        weight.device.type == "cpu"
-        and weight.dtype in (torch.float32, torch.bfloat16)
-        and weight.numel() >= LEAST
-        and torch.backends.mkldnn.is_available()
-    )
+    if weight.device.type != "cpu" or weight.numel() < LEAST or not torch.backends.mkldnn.is_available():
+        return False
+    narrow = weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return weight.dtype == torch.float32 or narrow
 
 
 def _packed(layer: nn.Linear) -> Callable[[Tensor], Tensor]:

@@ -31,6 +31,8 @@ from rollout.engines.sampling import Filters, sample
 from rollout.engines.slots import ATTENTION, Prompts, Slots, Tokens
 from rollout.stop_strings import StopStrings
 
+READ_TOKENS, READ_LOGITS = 2**16, 2**10  # of one pass over texts
+
 
 def uniforms(request: PromptRequest, n: int) -> np.ndarray:
     """[n] float64 in [0, 1): number t decides token t. Counter based: a function of (seed, ordinal, k, t)."""
@@ -54,6 +56,20 @@ def stop_ids(model_path: str, tokenizer_eos: int | None) -> tuple[int, ...]:
     return tuple(sorted(ids))
 
 
+def _fit(texts: list[np.ndarray], first: int, last: int) -> int:
+    """The end of what is read in one pass, of the texts from `first` up to `last`: one, or as many as stay within
+    READ_TOKENS padded tokens and READ_LOGITS rows of logits. Equal texts are read once."""
+    different: set[bytes] = set()
+    lengths: set[int] = set()
+    for i in range(first, last):
+        different.add(texts[i].tobytes())
+        lengths.add(len(texts[i]))
+        # Logits are made at each length that one of them ends at, for all of them.
+        if i > first and (len(different) * max(lengths) > READ_TOKENS or len(different) * len(lengths) > READ_LOGITS):
+            return i
+    return last
+
+
 @dataclass(frozen=True)
 class _Responses:
     """What is being written, on the device of the model."""
@@ -65,6 +81,7 @@ class _Responses:
     lengths: Tensor  # [B]
     stopped: Tensor  # [B] bool
     begun: Tensor  # [B] tokens that were there before
+    turn: Tensor  # [B] where the turn that is written starts
     kept: list[list[np.ndarray]] | None  # of each request, of each token: the ids it was drawn from; None: no filter
 
     @classmethod
@@ -81,6 +98,7 @@ class _Responses:
         n = len(requests)
         ids, logprobs = torch.zeros((n, steps), dtype=torch.long), torch.zeros((n, steps), dtype=torch.float32)
         starts = torch.zeros(n, dtype=torch.long)
+        turn = torch.tensor([0 if start is None else start.turn for start in begun], dtype=torch.long)
         kept: list[list[np.ndarray]] = [[] for _ in requests]
         for i, start in enumerate(begun):
             if start is not None:
@@ -99,6 +117,7 @@ class _Responses:
             lengths=limits.to(device, copy=True),
             stopped=torch.zeros(n, dtype=torch.bool, device=device),
             begun=starts.to(device),
+            turn=turn.to(device),
             kept=kept if filtered else None,
         )
 
@@ -222,7 +241,8 @@ class TransformersEngine:
         while len(request) or waiting < len(texts):
             free = n_slots - len(request)
             if waiting < len(texts) and (free >= min(few, len(texts) - waiting) or not len(request)):
-                entering = torch.arange(waiting, min(len(texts), waiting + free), device=self.device)
+                last = _fit(texts, waiting, min(len(texts), waiting + free))
+                entering = torch.arange(waiting, last, device=self.device)
                 logits, lengths = self._read_prompts([texts[i] for i in entering.tolist()], slots, len(request))
                 first = self._sample(logits, entering, out.begun[entering], out)
                 waiting += len(entering)
@@ -256,8 +276,8 @@ class TransformersEngine:
         last = torch.isin(token, self._stop)
         if self._stop_strings is not None:
             ids = out.ids[request].cpu().numpy()
-            counts = zip(ids, written.tolist(), out.begun[request].tolist(), strict=True)
-            ends = [self._stop_strings.completed_by_last(x[:n], begun) for x, n, begun in counts]
+            counts = zip(ids, written.tolist(), out.turn[request].tolist(), strict=True)
+            ends = [self._stop_strings.completed_by_last(x[:n], turn) for x, n, turn in counts]
             last |= torch.tensor(ends, device=self.device)
         return last
 
