@@ -208,6 +208,7 @@ def iteration(size: str, args: argparse.Namespace) -> dict[str, object]:
         live = engine.live_tensors()
         for name, x in learner.export_weights().items():
             live[name].copy_(x)
+        engine.use_weights()
         t5 = now(device)
         for name, spent in zip(seconds, (t1 - t0, t3 - t2, t4 - t3, t5 - t4), strict=True):
             seconds[name].append(spent)

@@ -262,6 +262,7 @@ class Side:
         live = self.engine.live_tensors()
         for name, tensor in named_tensors(self.lm).items():
             live[name].copy_(tensor)
+        self.engine.use_weights()
 
 
 def _trajectory(request: PromptRequest, ids: np.ndarray, rewards: list[str]) -> Trajectory:
