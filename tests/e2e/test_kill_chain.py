@@ -133,7 +133,8 @@ def test_killed_after_every_step_and_inside_checkpoints_a_run_ends_bit_for_bit_a
                 assert run.end(240) == 3 and "died without a word" in run.words(), run.words()
             there = {p.name for p in (folder / "checkpoints").iterdir()}
             last = f"step-{step}" if step == KILLS else f".step-{step}.new"
-            assert there == {f"step-{step - 2}", f"step-{step - 1}", last}
+            # Its forerunner may have been killed between a new checkpoint and the deletion of the oldest.
+            assert there - {f"step-{step - 3}"} == {f"step-{step - 2}", f"step-{step - 1}", last}
             assert len(run.rows()) == step
             continue
         run = start(task, folder)
