@@ -56,6 +56,9 @@ RUN: dict[str, str | Callable[[str], str]] = {
         r"\1 --tasks cards --values shared --seeds 1 --steps 1 --json curves.json --png curves.png"
     ),
     r"(python benchmarks/reward\.py)": r"\1 --only codec --rounds 1 --tokens 4096",
+    r"(python benchmarks/rollout\.py) .*": (
+        r"\1 --json out.json --sizes 1.1M --lengths equal --batch 4 --tokens 8 --turns 1"
+    ),
     r"(python benchmarks/weight_sync\.py) .*": r"\1 --json out.json --quick",
     r"(python benchmarks/rounds\.py) .*": r"\1 --json out.json --batch 4 --longest 16 --steps 1",
     r"(python benchmarks/ppo_vs_trl\.py) .*": r"\1 --json out.json --quick --tiers a --passive",
