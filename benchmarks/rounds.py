@@ -89,7 +89,7 @@ class Steps:
 
     def __init__(self, engine: Drawn, batch: int, tokens: int | None, extra: int) -> None:
         self.engine, self.tokens, self.extra = engine, tokens, extra
-        self.plan = RoundPlan(tokens=tokens or 0, prompts_per_step=batch, n_samples=1, chunk_size=batch)
+        self.plan = RoundPlan(tokens=tokens or 0, prompts_per_step=batch, chunk_size=batch)
         self.way, self.over = UnderWay(), dict[str, Trajectory]()
         self.taken = self.step = 0
 

@@ -4,9 +4,7 @@
 
 A row is a response that was trained on: the columns of core/trajectory_table.py, and those below. Every list has one
 entry for each of the T response tokens; where `action_mask` is False (an environment wrote the token) a number is null.
-So a file can be exploded column by column, with any tool that reads Parquet:
-
-    duckdb -c "select sample_uid, unnest(tokens), unnest(advantages) from 'runs/demo/ledger/*.parquet'"
+So a file can be exploded column by column, with any tool that reads Parquet (docs/ledger.md has an example).
 
 | column | type | is |
 |---|---|---|

@@ -197,7 +197,6 @@ def round_plan(cfg: Config, share: Shares) -> RoundPlan | None:
     return RoundPlan(
         tokens=cfg.rollout.round_tokens,
         prompts_per_step=cfg.prompts_per_step,
-        n_samples=cfg.rollout.n_samples_per_prompt,
         chunk_size=share.chunk_size,
         rank=share.rank,
         n_ranks=share.n_ranks,

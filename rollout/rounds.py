@@ -17,7 +17,6 @@ from core.trajectory import PromptRequest
 class RoundPlan:
     tokens: int  # that a response gets in a round at most
     prompts_per_step: int  # of all ranks
-    n_samples: int  # of each prompt
     chunk_size: int
     rank: int = 0
     n_ranks: int = 1

@@ -273,8 +273,7 @@ def test_another_number_of_ranks_loses_nothing_and_fills_every_batch(tmp_path, b
 def test_prompts_and_those_besides_are_dealt_out_evenly_whatever_the_chunks(prompts, extra, chunk, n_ranks):
     """A rank without any besides would write until its longest response is over, in every step, and all wait for it."""
     plans = [
-        RoundPlan(tokens=1, prompts_per_step=prompts, n_samples=2, chunk_size=chunk, rank=r, n_ranks=n_ranks)
-        for r in range(n_ranks)
+        RoundPlan(tokens=1, prompts_per_step=prompts, chunk_size=chunk, rank=r, n_ranks=n_ranks) for r in range(n_ranks)
     ]
     quotas = [plan.quota for plan in plans]
     assert sum(quotas) == prompts and max(quotas) - min(quotas) <= 1

@@ -127,6 +127,7 @@ def test_killed_after_every_step_and_inside_checkpoints_a_run_ends_bit_for_bit_a
     folder = tmp_path / "broken" / "r"
     for step in range(1, KILLS + 1):
         if step in INSIDE:
+            found = {p.name for p in (folder / "checkpoints").iterdir()}
             with monkeypatch.context() as patch:
                 patched(patch, tmp_path, *INSIDE[step])
                 run = start(task, folder)
@@ -134,7 +135,8 @@ def test_killed_after_every_step_and_inside_checkpoints_a_run_ends_bit_for_bit_a
             there = {p.name for p in (folder / "checkpoints").iterdir()}
             last = f"step-{step}" if step == KILLS else f".step-{step}.new"
             # Its forerunner may have been killed between a new checkpoint and the deletion of the oldest.
-            assert there - {f"step-{step - 3}"} == {f"step-{step - 2}", f"step-{step - 1}", last}
+            undeleted = found & {f"step-{step - 3}"} if f"step-{step - 1}" in found else set()
+            assert there == {f"step-{step - 2}", f"step-{step - 1}", last} | undeleted
             assert len(run.rows()) == step
             continue
         run = start(task, folder)
