@@ -123,6 +123,9 @@ def prepare_environment() -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what run.deterministic needs on a GPU
     os.environ.setdefault("TQDM_DISABLE", "1")  # bars of libraries, from every process at once, over our own panel
+    # Ray starts its workers 15 steps below the rest of this machine: beside anything busy, a learner among it, they get
+    # a thirtieth of a core and miss every deadline. They are the job here, not its background.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     if "ray" not in sys.modules:  # half a change of mode, after the import, locks Ray out of its own cluster
         os.environ.setdefault("RAY_AUTH_MODE", "token")
 

@@ -95,7 +95,8 @@ def test_a_run_closes_its_files_when_slurm_ends_it(task, tmp_path):
     options = ("--run.dir", str(folder.parent), "--run.steps", "100000")
     job = submitted(tmp_path, *options, CONFIG=str(task / "config.yaml"))
     deadline = time.monotonic() + 120
-    while not (folder / "metrics.jsonl").exists() or not (folder / "metrics.jsonl").read_text():
+    # A step is one of the summary a moment after its row is written: the second row says that the first one is.
+    while not (folder / "metrics.jsonl").exists() or (folder / "metrics.jsonl").read_text().count("\n") < 2:
         assert job.poll() is None and time.monotonic() < deadline, job.communicate(timeout=60)
     family = psutil.Process(job.pid).children(recursive=True)
     for process in [psutil.Process(job.pid), *family]:

@@ -150,7 +150,8 @@ def test_a_worker_lost_during_a_sync_costs_nobody_else_anything(sync, how):
     sync.before("send", lambda number: os.kill(victim, how) if number == 1 else None)
     took = sync.publish()
     del sync.transport.send
-    assert took < 2 * TIMEOUT_S, sync.notes
+    # At most the deadline of the broadcast and that of the commit, and the work between them.
+    assert took < 3 * TIMEOUT_S, sync.notes
     (lost,) = [note for note in sync.notes if note.startswith(f"{name} ")]
     assert ("died" if how == signal.SIGKILL else "missed its deadline") in lost
     assert f"while weights of version {sync.version} were sent" in lost
