@@ -1,0 +1,233 @@
+"""The verbs of the command `tokenppo` but `train`: what each takes, an example, and who does it. Imports nothing heavy.
+
+    verb, args = parse(["sample", "runs/demo", "-n", "2"])
+    exit_code = verb.do(args)
+
+What a verb does lies in a module of its own, imported when it is done.
+"""
+
+import argparse
+import difflib
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from core.faults import UserError
+
+WEIGHTS = ("final", "best", "base")
+FIRST_STEPS = "tokenppo train --config configs/cards.yaml"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verb:
+    name: str
+    help: str  # one line, in the list of verbs
+    examples: tuple[str, ...]  # complete commands; the first in the list that --help ends with
+    arguments: Callable[[argparse.ArgumentParser], None]
+    do: Callable[[argparse.Namespace], int]  # gives the exit code; raises Fault
+
+    def parser(self) -> argparse.ArgumentParser:
+        examples = "".join(f"\n  {line}" for line in self.examples)
+        parser = _Parser(
+            prog=f"tokenppo {self.name}",
+            description=self.help[0].upper() + self.help[1:] + ".",
+            epilog=f"example{'s' * (len(self.examples) > 1)}:{examples}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,  # a script must not change its meaning when a verb gets another option
+        )
+        self.arguments(parser)
+        return parser
+
+
+class _Parser(argparse.ArgumentParser):
+    """One whose mistakes are a UserError of one line, with the nearest option where one is meant."""
+
+    def error(self, message: str) -> NoReturn:
+        unknown = message.removeprefix("unrecognized arguments: ")
+        if unknown == message:
+            raise UserError(f"{self.prog.removeprefix('tokenppo ')}: {message}; see {self.prog} --help")
+        given = unknown.split()[0].partition("=")[0]
+        raise UserError(f"{given}: {self.prog} has no such option{_nearest(given, self._option_string_actions)}")
+
+
+def _nearest(given: str, known: object) -> str:
+    close = difflib.get_close_matches(given, list(known), n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def parse(argv: list[str]) -> tuple[Verb, argparse.Namespace]:
+    """Raises UserError for a verb or an option that is none; SystemExit(0) after --help."""
+    name = argv[0]
+    verb = next((verb for verb in VERBS if verb.name == name), None)
+    if verb is None:
+        kind = "option" if name.startswith("-") else "verb"
+        hint = _nearest(name, ["train", *(verb.name for verb in VERBS)])
+        raise UserError(f"{name}: tokenppo has no such {kind}{hint or '; see tokenppo --help'}")
+    return verb, verb.parser().parse_args(argv[1:])
+
+
+def help_text() -> str:
+    rows = [("train", "train a model; `tokenppo train --help` lists every key"), *((v.name, v.help) for v in VERBS)]
+    width = max(len(name) for name, _ in rows)
+    lines = "\n".join(
+        textwrap.fill(text, 100, initial_indent=f"  {name:<{width}}  ", subsequent_indent=" " * (width + 4))
+        for name, text in rows
+    )
+    return (
+        f"usage: tokenppo VERB ...\n\nRLHF in which every token is rewarded.\n\nverbs:\n{lines}\n\n"
+        f"`tokenppo VERB --help` says what a verb takes, with examples.\n\nfirst steps:\n  {FIRST_STEPS}\n"
+        "  tokenppo train --help"
+    )
+
+
+def _run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", type=Path, help="path of a run folder")
+
+
+def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
+    _run(parser)
+    parser.add_argument("--weights", choices=WEIGHTS, default="final", help="default final")
+    parser.add_argument("--data", help="other prompts than data.eval_path of the run")
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    import tokenppo
+
+    means = tokenppo.evaluate(args.run, weights=args.weights, data=args.data)
+    width = max(map(len, means))
+    print("\n".join(f"{name:<{width}}  {value:.4g}" for name, value in means.items()))
+    return 0
+
+
+def _sample_arguments(parser: argparse.ArgumentParser) -> None:
+    _run(parser)
+    parser.add_argument("text", metavar="TEXT", nargs="?", help="the prompt; without it the first held-out one")
+    parser.add_argument("--row", type=int, metavar="N", help="the held-out (or training) prompt of this number, from 0")
+    parser.add_argument("--weights", choices=WEIGHTS, default="final", help="default final")
+    parser.add_argument("--compare", choices=WEIGHTS, help="show the answers of these weights too")
+    parser.add_argument("-n", type=int, default=1, metavar="N", help="answers of each model, default 1")
+    parser.add_argument("--seed", type=int, default=0, help="of the draws, default 0: the same answers each time")
+    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="default rollout.max_new_tokens of the run")
+    parser.add_argument("--component", metavar="NAME", help="colour by the raw rewards of this one, not by the sum")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default auto")
+    parser.add_argument("--json", action="store_true", help="every number of every token as one JSON object")
+
+
+def _sample(args: argparse.Namespace) -> int:
+    from launch.cluster import prepare_environment
+
+    prepare_environment()  # keeps libraries quiet, and is read when they are imported
+    from launch.sample import main
+
+    return main(args)
+
+
+def _export_arguments(parser: argparse.ArgumentParser) -> None:
+    _run(parser)
+    parser.add_argument("out", metavar="OUT", help="folder to write; it must not exist")
+    parser.add_argument("--weights", choices=("final", "best"), default="final", help="default final")
+    parser.add_argument("--push", metavar="OWNER/NAME", help="upload it too; a new repository is private")
+
+
+def _export(args: argparse.Namespace) -> int:
+    from launch.export import export_run
+
+    print(export_run(args.run, Path(args.out), weights=args.weights, push=args.push))
+    return 0
+
+
+def _check_reward_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("fn", metavar="FILE:FN", help="my_rewards.py:polite, package.module:fn, verl:FILE:FN, ...")
+    parser.add_argument("--data", metavar="F", help="rows with prompt and completion; else built-in samples")
+    parser.add_argument("--options", metavar="YAML", help="options of the function, e.g. '{scale: 0.1}'")
+    parser.add_argument("--model", metavar="PATH", help="cut into the tokens of this model, else into words")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="for components that are models")
+    parser.add_argument("--json", action="store_true", help="the report as one JSON object")
+
+
+def _check_reward(args: argparse.Namespace) -> int:
+    from launch.check_reward import main
+
+    return main(args)
+
+
+def _serve_reward_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", metavar="F", required=True, help="file with the section `rewards`")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="default 127.0.0.1; an address that others reach wants a token"
+    )
+    parser.add_argument("--port", type=int, default=8080, help="default 8080; 0 is any free one")
+    parser.add_argument("--token-file", metavar="F", help="secret that callers must send; else $TOKENPPO_REWARD_TOKEN")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="for components that are models")
+
+
+def _serve_reward(args: argparse.Namespace) -> int:
+    from launch.serve_reward import main
+
+    return main(args)
+
+
+def _health_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("dir", metavar="DIR", nargs="?", default="runs", help="folder of all runs, default runs")
+    parser.add_argument("--stale-s", type=float, default=3600, help="seconds a run may write nothing, default 3600")
+
+
+def _health(args: argparse.Namespace) -> int:
+    from launch.health import report
+
+    print(report(Path(args.dir), args.stale_s))
+    return 0
+
+
+VERBS = (  # in the order in which one needs them
+    Verb(
+        name="check-reward",
+        help="try a reward function on samples: is it sound, what does it pay",
+        examples=(
+            "tokenppo check-reward examples/cards/rewards.py:quality --data examples/cards/data/heldout.jsonl",
+            "tokenppo check-reward my_rewards.py:polite --options '{scale: 0.1}' --json",
+        ),
+        arguments=_check_reward_arguments,
+        do=_check_reward,
+    ),
+    Verb(
+        name="sample",
+        help="show what a trained model answers, and what each token of it earns",
+        examples=(
+            'tokenppo sample runs/demo "name hugo ; food korean ; =>" --compare base',
+            "tokenppo sample runs/demo --row 3 -n 2 --json",
+        ),
+        arguments=_sample_arguments,
+        do=_sample,
+    ),
+    Verb(
+        name="evaluate",
+        help="score held-out prompts with the weights of a finished run",
+        examples=("tokenppo evaluate runs/demo --weights best",),
+        arguments=_evaluate_arguments,
+        do=_evaluate,
+    ),
+    Verb(
+        name="export",
+        help="write the model of a run, with a card, for others or for the hub",
+        examples=("tokenppo export runs/demo demo-model", "tokenppo export runs/demo demo-model --push me/demo"),
+        arguments=_export_arguments,
+        do=_export,
+    ),
+    Verb(
+        name="serve-reward",
+        help="score for other machines and programs over HTTP",
+        examples=("tokenppo serve-reward --config configs/cards.yaml --port 8080",),
+        arguments=_serve_reward_arguments,
+        do=_serve_reward,
+    ),
+    Verb(
+        name="health",
+        help="exit 0 if this installation and the runs at work are well, 3 if not",
+        examples=("tokenppo health runs --stale-s 600",),
+        arguments=_health_arguments,
+        do=_health,
+    ),
+)
