@@ -25,8 +25,9 @@ So a file can be exploded column by column, with any tool that reads Parquet (do
 | importance | [T] float32 | the weight of ppo.importance_cap; 1 without it |
 
 The schema's metadata has the version of this table under `tokenppo.ledger`, and under `tokenppo.step` a JSON object:
-step, rank, ranks, `fraction` of the prompts that is recorded, component `weights`, and `before`: the state of the loop
-when the step began (kl_coef, running normalisers, multipliers).
+step, rank, ranks, `fraction` of the prompts that is recorded, component `weights`, `before`: the state of the loop
+when the step began (kl_coef, running normalisers, multipliers), and `credit`: what made advantages of rewards, by the
+names of core/metrics.py (credit/reward_scale, credit/advantage_mean, credit/advantage_std).
 """
 
 import json

@@ -236,6 +236,20 @@ SECTIONS: dict[str, tuple[Metric, ...]] = {
             "steady; where it shrinks, what is left to learn is magnified",
         ),
         Metric(
+            "credit/advantage_mean",
+            "Mean of the advantages before they were whitened: what the critic did not expect.",
+            "reward",
+            "tokens",
+            "near 0, either sign",
+        ),
+        Metric(
+            "credit/advantage_std",
+            "Deviation of the advantages before they were whitened: what whitening divided by.",
+            "reward",
+            "none: one value per step",
+            "above 0; near 0 there is nothing to learn, and whitening magnifies noise",
+        ),
+        Metric(
             "credit/lone_frac",
             "Responses without another of the same prompt to compare with (ppo.estimator rloo, grpo): advantage 0.",
             SHARE,

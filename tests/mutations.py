@@ -278,8 +278,8 @@ MUTATIONS = [
     Mutation(
         "whitening on each rank by itself",
         LOOP_PY,
-        "ppo.whiten(advantages, mask, all_reduce=all_reduce)",
-        "ppo.whiten(advantages, mask)",
+        "ppo.whitening(advantages, mask, all_reduce=all_reduce)",
+        "ppo.whitening(advantages, mask)",
         INVARIANCE,
     ),
     Mutation(

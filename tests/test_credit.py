@@ -1,137 +1,157 @@
-"""`credit`: token rewards become advantages and returns, by the options of `ppo`; what the next step needs is kept."""
+"""Credit: the parts of an advantage are its whole, for every estimator, and each is what was paid later."""
 
 import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
-from core.config import load
-from core.metrics import lookup
-from core.schema import Config
-from ppo_cases import close, f64, mask_of
+import tiny_models
+from core import config, ledger_table
+from core.combine import Combined, RunningMoments
+from core.trajectory import PromptRequest, Trajectory, sample_uid
+from trainer import credit, loop
 from trainer.batch import TrainBatch
-from trainer.loop import TrainState, credit
+from trainer.estimators import RETURNS
+from trainer.ledger import Recorded, table_of
+
+N, T = 3, 7  # samples of a prompt, tokens of the longest response
+WEIGHTS = {"quality": 1.0, "coverage": 0.5, "slot_error": 0.0}
 
 
-def configured(**overrides: object) -> Config:
-    least = {"model.path": "m", "data.path": "p.jsonl", "rewards.a.fn": "r.py:f", "rollout.n_samples_per_prompt": 2}
-    return load(None, least | {f"ppo.{key}": value for key, value in overrides.items()}, folder=Path("/nowhere"))
+def rows(prompts: int) -> list[Trajectory]:
+    """Responses of 1 to T tokens; the third token of every other one is an environment's."""
+    rng, out = np.random.default_rng(0), []
+    for i in range(prompts * N):
+        length = 1 + i % T
+        ids = rng.integers(1, 300, length)
+        mask = np.ones(length, dtype=bool)
+        mask[2 : 3 if i % 2 else 2] = False
+        raw = {name: np.where(mask, rng.normal(size=length), 0.0) for name in WEIGHTS}
+        request = PromptRequest(
+            ordinal=i // N,
+            k=i % N,
+            sample_uid=sample_uid("c", i // N, i % N),
+            prompt_ids=np.array([5, 6]),
+            columns={},
+            seed=0,
+        )
+        out.append(
+            Trajectory(
+                request=request,
+                response_ids=ids,
+                rollout_logprobs=-rng.random(length).astype(np.float32),
+                action_mask=mask,
+                token_offsets=np.zeros((length, 2), dtype=np.int64),
+                policy_version=np.zeros(length, dtype=np.int64),
+                finish_reason="length" if i % 4 == 0 else "stop",
+                finished_at=0.0,
+                component_rewards=raw,
+                component_mask={name: mask for name in WEIGHTS},
+            )
+        )
+    return out
 
 
-def batch_of(token_rewards, mask, *, values=None, old=None, ref=None) -> TrainBatch:
-    """Two samples each of prompts 5, 6, ...; policy and reference agree unless given."""
-    mask = mask_of(mask)
-    n, width = mask.shape
-    zeros = torch.zeros(n, width, dtype=torch.float64)
-    return TrainBatch(
-        order=np.array([(5 + i // 2, i % 2) for i in range(n)], dtype=np.int64),
-        input_ids=torch.zeros(n, width + 1, dtype=torch.int64),
-        prompt_lengths=torch.ones(n, dtype=torch.int64),
-        response_lengths=mask.sum(dim=1),
-        response_mask=mask,
-        cut=torch.zeros(n, dtype=torch.bool),
-        rollout_logprobs=zeros,
-        policy_version=torch.zeros(n, width, dtype=torch.int64),
-        component_rewards={},
-        component_mask={},
-        token_rewards=f64(token_rewards),
-        old_logprobs=zeros if old is None else f64(old),
-        ref_logprobs=zeros if ref is None else f64(ref),
-        values=zeros if values is None else f64(values),
-        bootstrap_values=torch.zeros(n, dtype=torch.float64),
+def step(tokenizer, **overrides: object) -> tuple[pa.Table, dict, config.Config]:
+    """What the loop makes of random rewards and values, as the ledger keeps it: (rows, said, configuration)."""
+    values = {"rollout.n_samples_per_prompt": N, "rollout.batch_size": 12, "ppo.kl_coef": 0.1, "ppo.gamma": 0.9}
+    values |= {"rollout.chunk_size": 12, "ppo.mini_batch_size": 12, "ppo.micro_batch_size": 12}
+    cfg = config.load(Path("configs/cards.yaml"), values | overrides)
+    trajectories = rows(4)
+    batch = TrainBatch.collate(trajectories)
+    mask, rng = batch.response_mask, torch.Generator().manual_seed(1)
+
+    def random() -> torch.Tensor:
+        return torch.where(mask, torch.randn(mask.shape, generator=rng), 0.0)
+
+    normalized = {name: x.double() for name, x in batch.component_rewards.items()}
+    weighted = {name: WEIGHTS[name] * x for name, x in normalized.items()}
+    token_rewards = sum(weighted.values()).float()
+    batch = batch.fill(
+        old_logprobs=-random().abs(),
+        ref_logprobs=-random().abs(),
+        values=random(),
+        bootstrap_values=torch.where(batch.cut, torch.randn(len(batch), generator=rng), 0.0),
+        token_rewards=token_rewards,
+        normalized_rewards=normalized,
     )
-
-
-def credited(cfg, batch, kl_coef=0.0, **kept):
-    return credit(cfg, batch, kl_coef, lambda sums: sums, **kept)
-
-
-TWO = ([[1.0, 0.0, 2.0], [0.0, 3.0, 9.0]], [[1, 1, 1], [1, 1, 0]])
-
-
-def test_the_defaults_are_gae_with_whitening():
-    # lambda 1: to go 3, 2, 2 and 3, 3; mean 2.6, squares 2 * 0.36 + 3 * 0.16 = 1.2, deviation sqrt(0.3)
-    out = credited(configured(gae_lambda=1), batch_of(*TWO))
-    close(out.returns, [[3.0, 2.0, 2.0], [3.0, 3.0, 0.0]])
-    high, low = 0.4 / 0.3**0.5, -0.6 / 0.3**0.5
-    close(out.advantages, [[high, low, low], [high, high, 0.0]], 1e-6)
-
-
-@pytest.mark.parametrize(("estimator", "whitened"), [("gae", True), ("reinforce_pp", True), ("rloo", False)])
-def test_whitening_is_as_published_unless_it_is_said(estimator, whitened):
-    def mean_square(**options):
-        out = credited(configured(estimator=estimator, **options), batch_of(*TWO))
-        return float((out.advantages[out.response_mask] ** 2).sum() / 4)  # n - 1 tokens
-
-    assert (mean_square() == pytest.approx(1, abs=1e-4)) == whitened
-    assert mean_square(whiten_advantages=True) == pytest.approx(1, abs=0.3)  # rloo's are not centred before
-    assert mean_square(whiten_advantages=False) != pytest.approx(1, abs=1e-2) or estimator == "rloo"
-
-
-def test_samples_of_a_prompt_are_compared():
-    # as tests/test_estimators.py has it; the second prompt has one response left
+    running = {RETURNS: RunningMoments(count=10, mean=1.0, squares=40.0)} if cfg.ppo.scale_values != "none" else {}
+    before = {"kl_coef": 0.1, "running": {name: vars(x).copy() for name, x in running.items()}}
     report: dict[str, float] = {}
-    rewards, mask = [*TWO[0], [7.0, 7.0, 7.0]], [*TWO[1], [1, 1, 1]]
-    out = credited(configured(estimator="rloo"), batch_of(rewards, mask), report=report)
-    close(out.advantages, [[0.0, -1.0, -1.0], [0.0, 1.0, 0.0], [0.0, 0.0, 0.0]])
-    assert report == {"credit/lone_frac": 1 / 3}
-
-
-def test_rewards_are_scaled_before_the_kl_is_taken_off():
-    # deviation of 1, 3, 5 is 2; KL of the first token ln 2 with coefficient 0.5 is not divided
-    ln2 = 0.6931471805599453
-    report: dict[str, float] = {}
-    out = credited(
-        configured(scale_rewards="batch"),
-        batch_of([[1.0, 3.0], [5.0, 8.0]], [[1, 1], [1, 0]], old=[[0.0, 0.0]] * 2, ref=[[-ln2, 0.0], [0.0, 0.0]]),
-        kl_coef=0.5,
-        report=report,
+    batch = loop.credit(cfg, batch, 0.1, lambda sums: sums, weights=WEIGHTS, running=running, report=report)
+    recorded = Recorded(
+        trajectories=trajectories,
+        batch=batch,
+        new_logprobs=batch.old_logprobs,
+        normalized=Combined(token_rewards=token_rewards, normalized=normalized, weighted=weighted).normalized,
+        weighted=weighted,
+        said={"step": 1, "weights": WEIGHTS, "before": before, "credit": report},
     )
-    close(out.rewards, [[0.5 - 0.5 * ln2, 1.5], [2.5, 0.0]])
-    assert report == {"credit/reward_scale": 2.0}
+    table = table_of(recorded, cfg, tokenizer)
+    return table, json.loads(table.schema.metadata[ledger_table.STEP_KEY]), cfg
 
 
-def test_values_are_read_in_the_unit_that_their_critic_was_trained_in():
-    """Step 1: returns 3, 4 have the root mean square sqrt(12.5), which is the unit of what the critic learns. Step 2:
-    it says 1 and 0, so V is sqrt(12.5) and 0; with lambda 0 the advantages are r + V_next - V."""
-    cfg = configured(scale_values="running", gae_lambda=0, whiten_advantages=False)
-    state, report = TrainState.fresh(cfg), {}
-    unit = 12.5**0.5
-    one = credited(cfg, batch_of([[3.0, 4.0]], [[1, 1]]), running=state.running, report=report)
-    close(one.returns, [[3 / unit, 4 / unit]])
-    assert report == {"value/scale": pytest.approx(unit), "value/explained_variance": 0.0}
-
-    again = TrainState.fresh(cfg)
-    again.restore(json.loads(json.dumps(state.to_json())))
-    for running in (state.running, again.running):  # with and without a restart in between
-        told: dict[str, float] = {}
-        two = credited(cfg, batch_of([[1.0, 2.0]], [[1, 1]], values=[[1.0, 0.0]]), running=running, report=told)
-        # in the unit of the returns: errors 1 - unit and 2 about their mean, over returns 1 and 2 about theirs
-        assert told["value/explained_variance"] == pytest.approx(1 - (1 + unit) ** 2)
-        close(two.advantages, [[1.0 - unit, 2.0]])
-        sigma = ((25 + 1 + 4) / 4) ** 0.5  # returns 3, 4, 1, 2
-        close(two.returns, [[1 / sigma, 2 / sigma]])
-        assert two.values.tolist() == [[1.0, 0.0]]  # what the head says: value clip and loss are in its unit
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny_models.make_tokenizer()
 
 
-def test_with_scaled_values_nothing_depends_on_the_size_of_the_rewards():
-    cfg = configured(scale_values="running", value_lambda=1.0)
-    rewards = [[[1.0, -2.0, 0.5], [0.0, 3.0, 0.0]], [[0.5, 1.0, -1.0], [2.0, 0.0, 0.0]]]
-    outs = []
-    for size in (1.0, 1000.0):
-        running: dict = {}
-        for step, values in enumerate((None, [[0.3, -0.2, 0.1], [0.4, 0.0, 0.0]])):
-            scaled = [[size * x for x in row] for row in rewards[step]]
-            out = credited(cfg, batch_of(scaled, TWO[1], values=values), running=running)
-        outs.append(out)
-    close(outs[1].returns, outs[0].returns, 1e-9)
-    close(outs[1].advantages, outs[0].advantages, 1e-6)
+CASES = {
+    "gae": {},
+    "gae, plain": {"ppo.whiten_advantages": False},
+    "gae, everything on": {
+        "ppo.scale_rewards": "batch",
+        "ppo.scale_values": "running",
+        "ppo.bootstrap_cut": True,
+        "ppo.lambda_alpha": 0.4,
+    },
+    "reinforce_pp": {"ppo.estimator": "reinforce_pp"},
+    "rloo": {"ppo.estimator": "rloo"},
+    "grpo": {"ppo.estimator": "grpo"},
+    "grpo, scaled and whitened": {
+        "ppo.estimator": "grpo",
+        "ppo.scale_rewards": "batch",
+        "ppo.whiten_advantages": True,
+    },
+}
 
 
-def test_whatever_is_reported_is_in_the_table_of_metrics():
-    for options in ({"scale_rewards": "batch", "scale_values": "running"}, {"estimator": "grpo"}):
-        report: dict[str, float] = {}
-        credited(configured(**options), batch_of(*TWO), report=report)
-        assert report and all(lookup(name).name == name for name in report)
+@pytest.mark.parametrize("overrides", CASES.values(), ids=CASES)
+def test_the_parts_are_the_advantage_that_the_losses_read(overrides, tokenizer):
+    table, said, cfg = step(tokenizer, **overrides)
+    kept = credit.padded(table, "advantages").numpy()
+    assert np.abs(kept).max() > 0.5
+    found = credit.split(table, said, cfg)
+    assert [c.uid for c in found] == table["sample_uid"].to_pylist()
+    for c, advantages in zip(found, kept, strict=True):
+        np.testing.assert_allclose(c.advantages, advantages[: len(c.mask)], atol=2e-6)
+        assert "slot_error" not in c.parts and {"quality", "coverage", "kl"} <= set(c.parts)
+        for name in c.rewards:
+            for t in range(len(c.mask)):
+                paid = c.paid(name, t)
+                assert paid.sum() == pytest.approx(c.parts[name][t], abs=1e-9)
+                assert not paid[:t].any() and not paid[~c.mask].any()
+
+
+def test_by_hand():
+    """gamma lambda 1/2 over three tokens, the second of an environment: the third is one step after the first."""
+    c = credit.Credit(
+        uid="a",
+        mask=np.array([True, False, True]),
+        parts={"q": np.array([3.0, 0.0, 4.0]), "kl": np.array([-1.0, 0.0, 0.0])},
+        rewards={"q": np.array([1.0, 9.0, 4.0]), "kl": np.array([-1.0, 0.0, 0.0])},
+        carry=0.5,
+    )
+    assert c.advantages.tolist() == [2.0, 0.0, 4.0]
+    assert c.paid("q", 0).tolist() == [1.0, 0.0, 2.0] and c.paid("q", 2).tolist() == [0.0, 0.0, 4.0]
+    assert c.paid("q", 1).tolist() == [0.0, 0.0, 0.0]
+
+
+def test_a_component_that_nobody_paid_gets_no_credit_and_the_critic_only_where_there_is_one(tokenizer):
+    table, said, cfg = step(tokenizer)
+    assert set(credit.split(table, said, cfg)[0].parts) == {"quality", "coverage", "kl", "critic", "mean"}
+    table, said, cfg = step(tokenizer, **CASES["rloo"])
+    assert set(credit.split(table, said, cfg)[0].parts) == {"quality", "coverage", "kl", "others"}

@@ -90,7 +90,9 @@ def written(folder: Path, cfg: Config, tokenizer, n: int = 8, rank: int = 0, ste
     batch, combined, new = filled(rows)
     notes: list[str] = []
     book = Ledger(cfg, folder, tokenizer, notes.append, rank=rank, ranks=2)
-    book.record(step, batch, rows, combined, new, {"a": 1.0, "b": 0.5}, {"kl_coef": 0.02})
+    book.record(
+        step, batch, rows, combined, new, {"a": 1.0, "b": 0.5}, {"kl_coef": 0.02}, {"credit/advantage_std": 2.0}
+    )
     book.close()
     assert notes == [] and not book.counters
     return rows, batch, combined, new
@@ -101,7 +103,7 @@ def test_every_number_is_that_of_its_token(tmp_path, tokenizer):
     table, (said,) = ledger_table.read(tmp_path, 4)
     assert said == {
         **{"step": 4, "rank": 0, "ranks": 2, "fraction": 1.0},
-        **{"weights": {"a": 1.0, "b": 0.5}, "before": {"kl_coef": 0.02}},
+        **{"weights": {"a": 1.0, "b": 0.5}, "before": {"kl_coef": 0.02}, "credit": {"credit/advantage_std": 2.0}},
     }
     got = table.to_pylist()
     assert [(r["ordinal"], r["k"]) for r in got] == [t.order for t in rows]
@@ -173,7 +175,7 @@ def test_files_of_all_ranks_are_one_table(tmp_path, tokenizer):
     for rank, mine in enumerate((rows[4:], rows[:4])):
         batch, combined, new = filled(mine)
         book = Ledger(cfg_of(), tmp_path, tokenizer, print, rank=rank, ranks=2)
-        book.record(7, batch, mine, combined, new, {}, {})
+        book.record(7, batch, mine, combined, new, {}, {}, {})
         book.close()
     table, said = ledger_table.read(tmp_path, 7)
     assert [s["rank"] for s in said] == [0, 1] and table.num_rows == 8
@@ -194,7 +196,7 @@ def test_the_loop_never_waits_and_what_is_missing_is_said_once_and_counted(tmp_p
     batch, combined, new = filled(rows)
     book = Ledger(cfg_of(), tmp_path, tokenizer, notes.append)
     for step in range(1, 9):  # one is being written, ROOM wait
-        book.record(step, batch, rows, combined, new, {}, {})
+        book.record(step, batch, rows, combined, new, {}, {}, {})
     go.set()
     book.close()
     kept = {ledger_table.step_of(path) for path in ledger_table.files(tmp_path)}
@@ -210,7 +212,7 @@ def test_a_disk_that_takes_nothing_costs_no_step(tmp_path, tokenizer):
     batch, combined, new = filled(rows)
     book = Ledger(cfg_of(), tmp_path, tokenizer, notes.append)
     for step in (1, 2):
-        book.record(step, batch, rows, combined, new, {}, {})
+        book.record(step, batch, rows, combined, new, {}, {}, {})
     book.close()
     assert book.counters["ledger_missed"] == 2
     assert len(notes) == 1 and notes[0].startswith("warning: the ledger has nothing of step 1, training goes on: ")
@@ -224,7 +226,7 @@ def test_what_is_recorded_is_a_copy(tmp_path, tokenizer, monkeypatch):
     batch, combined, new = filled(rows)
     want = batch.advantages.clone()
     book = Ledger(cfg_of(), tmp_path, tokenizer, print)
-    book.record(1, batch, rows, combined, new, {}, {})
+    book.record(1, batch, rows, combined, new, {}, {}, {})
     for x in (batch.advantages, new, combined.weighted["a"]):
         x.fill_(99.0)
     go.set()
@@ -256,5 +258,5 @@ def test_rows_and_trajectories_must_be_the_same(tmp_path, tokenizer):
     batch, combined, new = filled(rows)
     book = Ledger(cfg_of(), tmp_path, tokenizer, print)
     with pytest.raises(AssertionError):
-        book.record(1, batch, [*rows[1:], replace(rows[0])], combined, new, {}, {})
+        book.record(1, batch, [*rows[1:], replace(rows[0])], combined, new, {}, {}, {})
     book.close()

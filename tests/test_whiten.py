@@ -100,7 +100,8 @@ def whiten_on_ranks(parts, masks, center=True):
             return total
 
         try:
-            results[rank] = ppo.whiten(parts[rank], masks[rank], center=center, all_reduce=all_reduce)
+            by = ppo.whitening(parts[rank], masks[rank], all_reduce=all_reduce)
+            results[rank] = ppo.whiten(parts[rank], masks[rank], by, center=center)
         except BaseException as error:
             errors.append(error)
             barrier.abort()

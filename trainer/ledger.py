@@ -73,13 +73,14 @@ class Ledger:
         new_logprobs: Tensor | None,
         weights: dict[str, float],
         before: dict[str, Any],
+        credit: dict[str, float],
     ) -> None:
         """Hand over the rows of a step that are recorded.
 
         Args:
             batch: filled, with advantages and returns; its rows are `trajectories`, both by (ordinal, k).
             new_logprobs: [B, T] of the last pass over the batch; None where no pass was made: those before it.
-            weights, before: see `tokenppo.step` in core/ledger_table.py.
+            weights, before, credit: see `tokenppo.step` in core/ledger_table.py.
         """
         if self._thread is None:
             return
@@ -100,7 +101,7 @@ class Ledger:
             new_logprobs=own(batch.old_logprobs if new_logprobs is None else new_logprobs),
             normalized={name: own(x) for name, x in combined.normalized.items()},
             weighted={name: own(x) for name, x in combined.weighted.items()},
-            said=said | {"weights": weights, "before": before},
+            said=said | {"weights": weights, "before": before, "credit": credit},
         )
         try:
             self._queue.put_nowait(recorded)

@@ -94,6 +94,7 @@ class Recorder(Protocol):
         new_logprobs: Tensor | None,
         weights: dict[str, float],
         before: dict[str, Any],
+        credit: dict[str, float],
     ) -> None:
         """Keep what a step was, token by token; waits for nothing."""
         ...
@@ -198,7 +199,7 @@ def train(
         with log.time("sync"):
             publisher.publish(step)
         with log.time("log"):
-            ledger.record(step, batch, trajectories, combined, learner.new_logprobs, weights, before)
+            ledger.record(step, batch, trajectories, combined, learner.new_logprobs, weights, before, credit_means)
 
         means = rollout_sums(batch, combined, trajectories, version=step - 1).merge(ranks.sum_list).means()
         means |= policy_means | credit_means | update_means | {"objective/kl_coef": state.kl.coef}
@@ -279,7 +280,9 @@ def credit(
     )
     advantages, returns = estimate.advantages, estimate.returns
     if p.whitens:
-        advantages = ppo.whiten(advantages, mask, all_reduce=all_reduce)
+        mean, factor = by = ppo.whitening(advantages, mask, all_reduce=all_reduce)
+        report |= {"credit/advantage_mean": float(mean), "credit/advantage_std": 1 / float(factor)}
+        advantages = ppo.whiten(advantages, mask, by)
     if p.scale_rewards != "none":
         report["credit/reward_scale"] = reward_scale
     if p.scale_values != "none":

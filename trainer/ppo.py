@@ -55,20 +55,31 @@ def moments(x: Tensor, mask: Tensor, *, all_reduce: AllReduce | None = None) -> 
     return count, mean, squares
 
 
-def whiten(x: Tensor, mask: Tensor, *, center: bool = True, all_reduce: AllReduce | None = None) -> Tensor:
-    """(x - mean) / sqrt(var + 1e-8) over the valid tokens of all ranks; `center=False` adds the mean back.
+def whitening(x: Tensor, mask: Tensor, *, all_reduce: AllReduce | None = None) -> tuple[Tensor, Tensor]:
+    """The mean over the valid tokens of all ranks, and 1 / sqrt(var + 1e-8): two float64 scalars.
 
     The variance is unbiased (n - 1) and taken about the mean in float64. One valid token has variance 0.
 
     Args:
         x, mask: [B, T].
         all_reduce: sums a float64 vector over ranks; None for one process. Every rank must call, empty ones too.
+    """
+    count, mean, squares = moments(x, mask, all_reduce=all_reduce)
+    return mean, torch.rsqrt(squares / (count - 1).clamp(min=1) + 1e-8)
+
+
+def whiten(x: Tensor, mask: Tensor, by: tuple[Tensor, Tensor] | None = None, *, center: bool = True) -> Tensor:
+    """(x - mean) / sqrt(var + 1e-8) over the valid tokens; `center=False` adds the mean back.
+
+    Args:
+        x, mask: [B, T].
+        by: of `whitening`, where all ranks have made it; None: of these rows alone.
     Returns:
         [B, T] in the dtype of x, float32 at least.
     """
-    count, mean, squares = moments(x, mask, all_reduce=all_reduce)
+    mean, factor = whitening(x, mask) if by is None else by
     mask = mask.bool()
-    y = (_select(x, mask).double() - mean) * torch.rsqrt(squares / (count - 1).clamp(min=1) + 1e-8)
+    y = (_select(x, mask).double() - mean) * factor
     return _select(y if center else y + mean, mask).to(torch.promote_types(x.dtype, torch.float32))
 
 
