@@ -56,14 +56,12 @@ def parse(argv: list[str]) -> TrainArguments:
                     raise UserError(f"--num-processes {value}: wants the number of learner processes, at least 1")
                 args.num_processes = int(value)
         elif flag.startswith("--"):
-            key, equals, value = flag[2:].partition("=")
+            key = flag[2:].partition("=")[0]
             if "." not in key:
                 close = nearest_key(key)
                 hint = f"; did you mean --{close}?" if close and "." in close else "; see tokenppo train --help"
                 raise UserError(f"--{key}: there is no such option{hint}")
-            if not equals:  # a flag without a value switches on: --run.deterministic
-                value = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
-            args.overrides[key] = parse_override(key, value)
+            args.overrides |= _override(flag, rest)
         else:
             raise UserError(
                 f"{flag}: what is this? Options are --config FILE, --reward FILE:FN=WEIGHT, --section.key VALUE"
@@ -71,6 +69,26 @@ def parse(argv: list[str]) -> TrainArguments:
     if args.num_processes is not None and args.accelerate is None:
         raise UserError(f"--num-processes {args.num_processes}: goes with --accelerate, e.g. --accelerate ddp")
     return args
+
+
+def take_overrides(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
+    """(What is left, dotted key -> value of each `--section.key value`). Raises UserError."""
+    left, rest, overrides = [], list(argv), {}
+    while rest:
+        flag = rest.pop(0)
+        if flag.startswith("--") and "." in flag.partition("=")[0]:
+            overrides |= _override(flag, rest)
+        else:
+            left.append(flag)
+    return left, overrides
+
+
+def _override(flag: str, rest: list[str]) -> dict[str, Any]:
+    """Of `--section.key=value`, or of `--section.key` whose value is taken off `rest`."""
+    key, equals, value = flag[2:].partition("=")
+    if not equals:  # a flag without a value switches on: --run.deterministic
+        value = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
+    return {key: parse_override(key, value)}
 
 
 def reward_override(given: str, before: dict[str, Any]) -> dict[str, Any]:

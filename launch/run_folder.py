@@ -41,6 +41,13 @@ class Found:
         return bool(self.rows or self.saved or self.finished)
 
 
+def configuration(folder: Path, overrides: dict[str, Any] | None = None) -> Config:
+    """What a run was made with, and `overrides`. Raises UserError where there is no run."""
+    if not (folder / "config.yaml").is_file():
+        raise UserError(f"RUN = {folder}: there is no run in this folder (no config.yaml)")
+    return load(folder / "config.yaml", overrides)
+
+
 def examine(cfg: Config) -> Found:
     """What is there to go on from. Makes nothing, imports nothing heavy.
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from core.faults import UserError
+from launch import arguments
 
 WEIGHTS = ("final", "best", "base")
 FIRST_STEPS = "tokenppo train --config configs/cards.yaml"
@@ -27,6 +28,7 @@ class Verb:
     examples: tuple[str, ...]  # complete commands; the first in the list that --help ends with
     arguments: Callable[[argparse.ArgumentParser], None]
     do: Callable[[argparse.Namespace], int]  # gives the exit code; raises Fault
+    overrides: bool = False  # takes `--section.key value` too: args.overrides, dotted key -> value
 
     def parser(self) -> argparse.ArgumentParser:
         examples = "".join(f"\n  {line}" for line in self.examples)
@@ -65,7 +67,12 @@ def parse(argv: list[str]) -> tuple[Verb, argparse.Namespace]:
         kind = "option" if name.startswith("-") else "verb"
         hint = _nearest(name, ["train", *(verb.name for verb in VERBS)])
         raise UserError(f"{name}: tokenppo has no such {kind}{hint or '; see tokenppo --help'}")
-    return verb, verb.parser().parse_args(argv[1:])
+    rest, overrides = argv[1:], {}
+    if verb.overrides:
+        rest, overrides = arguments.take_overrides(rest)
+    args = verb.parser().parse_args(rest)
+    args.overrides = overrides
+    return verb, args
 
 
 def help_text() -> str:
@@ -120,6 +127,28 @@ def _sample(args: argparse.Namespace) -> int:
 
     prepare_environment()  # keeps libraries quiet, and is read when they are imported
     from launch.sample import main
+
+    return main(args)
+
+
+def _reweight_arguments(parser: argparse.ArgumentParser) -> None:
+    _run(parser)
+    parser.add_argument("--step", type=int, metavar="N", help="default the last that the ledger has")
+    parser.add_argument(
+        "--grid", action="append", metavar="NAME=W,W", help="weights of a component to try, each with each; repeatable"
+    )
+    parser.add_argument(
+        "--gradient", choices=WEIGHTS, metavar="WEIGHTS", help="compare gradients too, at base, best or final weights"
+    )
+    parser.add_argument("-o", dest="out", type=Path, metavar="FILE.html", help="plot what serves which component")
+    parser.add_argument("--json", action="store_true", help="everything as one JSON object")
+
+
+def _reweight(args: argparse.Namespace) -> int:
+    from launch.cluster import prepare_environment
+
+    prepare_environment()
+    from launch.reweight import main
 
     return main(args)
 
@@ -208,6 +237,17 @@ VERBS = (  # in the order in which one needs them
         examples=("tokenppo evaluate runs/demo --weights best",),
         arguments=_evaluate_arguments,
         do=_evaluate,
+    ),
+    Verb(
+        name="reweight",
+        help="a step that was taken, with other weights of the rewards: what would its tokens have been told",
+        examples=(
+            "tokenppo reweight runs/demo --rewards.quality.weight 2",
+            "tokenppo reweight runs/demo --grid quality=0.5,1,2 --grid coverage=0,1 --gradient final -o pareto.html",
+        ),
+        arguments=_reweight_arguments,
+        do=_reweight,
+        overrides=True,
     ),
     Verb(
         name="export",
