@@ -131,6 +131,17 @@ def _sample(args: argparse.Namespace) -> int:
     return main(args)
 
 
+def _watch_arguments(parser: argparse.ArgumentParser) -> None:
+    _run(parser)
+    parser.add_argument("--once", action="store_true", help="show it as it is now, and end")
+
+
+def _watch(args: argparse.Namespace) -> int:
+    from launch.watch import watch
+
+    return watch(args.run, once=args.once)
+
+
 def _reweight_arguments(parser: argparse.ArgumentParser) -> None:
     _run(parser)
     parser.add_argument("--step", type=int, metavar="N", help="default the last that the ledger has")
@@ -220,6 +231,13 @@ VERBS = (  # in the order in which one needs them
         ),
         arguments=_check_reward_arguments,
         do=_check_reward,
+    ),
+    Verb(
+        name="watch",
+        help="the panel of a run that is going on somewhere else; ends with it, and with its exit code",
+        examples=("tokenppo watch runs/demo", "tokenppo watch runs/demo --once"),
+        arguments=_watch_arguments,
+        do=_watch,
     ),
     Verb(
         name="sample",

@@ -119,6 +119,8 @@ def test_a_documented_command_works(command: Command, folder):
     if "runs/demo" in line and not (folder / "runs" / "demo").exists():
         demo = shell(small("tokenppo train --config configs/cards.yaml --run.name demo"), folder)
         assert demo.returncode == 0, demo.stdout + demo.stderr
+    if "reweight runs/recorded" in line:
+        assert (folder / "runs" / "recorded" / "ledger").is_dir(), "the command that makes this run comes before it"
     if "configs/calculator.yaml" in line and not (folder / "runs" / "calculator-task").exists():
         task = shell("python examples/calculator/make.py --steps 20", folder)
         assert task.returncode == 0, task.stdout + task.stderr
@@ -148,6 +150,20 @@ def test_the_script_of_the_readme_trains(folder):
     done = shell("python from_the_readme.py", folder)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "'after'" in done.stdout and "runs" in done.stdout.splitlines()[-1], done.stdout
+
+
+@pytest.mark.slow
+def test_the_programs_of_the_page_on_the_ledger_run(folder):
+    if not (folder / "runs" / "recorded").exists():
+        (line,) = [c.text for c in documented.commands() if "--run.name recorded" in c.text]
+        made = shell(small(line), folder)
+        assert made.returncode == 0, made.stdout + made.stderr
+    programs = documented.blocks(ROOT / "docs" / "ledger.md", "python")
+    assert len(programs) == 2
+    for place, program in enumerate(programs):
+        (folder / f"of_the_ledger_{place}.py").write_text(program)
+        done = shell(f"python of_the_ledger_{place}.py", folder)
+        assert done.returncode == 0 and done.stdout.strip(), done.stdout + done.stderr
 
 
 def test_each_documented_command_has_a_rule_and_each_rule_a_command():
