@@ -83,11 +83,14 @@ def small(train: str) -> str:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A checkout with the two files that the README lets its reader write, and a run named demo."""
+    """A checkout with the files that pages let their readers write."""
     place = checkout(tmp_path_factory.mktemp("commands") / "tokenppo")
-    (code,) = [block for block in documented.blocks(ROOT / "README.md", "python") if "no_shouting" in block]
-    name = re.match(r"# (\S+)\n", code)[1]
-    (place / name).write_text(code)
+    for page, word in ((ROOT / "README.md", "no_shouting"), (ROOT / "docs" / "first_reward.md", "no_orders")):
+        (code,) = [block for block in documented.blocks(page, "python") if word in block]
+        name = re.match(r"# (\S+)\n", code)[1]
+        (place / name).write_text(code)
+    (said,) = documented.blocks(ROOT / "docs" / "first_reward.md", "json")
+    (place / "said.jsonl").write_text(said)
     (place / "prompts.jsonl").write_text('{"prompt": "Ask for salt."}\n{"prompt": "Ask for bread."}\n')
     tiny_models.save_model(place / "qwen", "qwen2-tied")
     return place
