@@ -118,15 +118,17 @@ class Ledger:
 
     def _work(self) -> None:
         while (recorded := self._queue.get()) is not None:
-            step = recorded.said["step"]
-            path = ledger_table.file_of(self._folder, step, self._rank)
-            fresh = path.with_name(f".{path.name}.new")
             try:
-                path.parent.mkdir(exist_ok=True)
-                pyarrow.parquet.write_table(table_of(recorded, self._cfg, self._tokenizer), fresh, compression="zstd")
-                os.replace(fresh, path)
+                self._write(recorded)
             except Exception as error:  # of a disk or of what a dataset holds: none of it is worth a run
-                self._miss(step, f"{type(error).__name__}: {error}")
+                self._miss(recorded.said["step"], f"{type(error).__name__}: {error}")
+
+    def _write(self, recorded: Recorded) -> None:
+        path = ledger_table.file_of(self._folder, recorded.said["step"], self._rank)
+        fresh = path.with_name(f".{path.name}.new")
+        path.parent.mkdir(exist_ok=True)
+        pyarrow.parquet.write_table(table_of(recorded, self._cfg, self._tokenizer), fresh, compression="zstd")
+        os.replace(fresh, path)
 
     def _miss(self, step: int, reason: str) -> None:
         self.counters[MISSED] += 1

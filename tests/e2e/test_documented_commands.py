@@ -55,6 +55,7 @@ RUN: dict[str, str | Callable[[str], str]] = {
     r"(python benchmarks/value_functions\.py) .*": (
         r"\1 --tasks cards --values shared --seeds 1 --steps 1 --json curves.json --png curves.png"
     ),
+    r"(python benchmarks/ledger\.py)": r"\1 --steps 2 --fractions 1",
     r"(python benchmarks/reward\.py)": r"\1 --only codec --rounds 1 --tokens 4096",
     r"(python benchmarks/rollout\.py) .*": (
         r"\1 --json out.json --sizes 1.1M --lengths equal --batch 4 --tokens 8 --turns 1"
