@@ -1,7 +1,7 @@
 /* Plots, drawn when they come into sight. Dashes and marks repeat what colours say. */
 
-const LIGHT = ["#0072b2", "#d55e00", "#009e73", "#a8478a", "#8a6d00", "#3b8fc4", "#555555"]; // after Okabe and Ito
-const DARK = ["#56b4e9", "#f0903c", "#35c79a", "#e59bc8", "#f0e442", "#8fb8ff", "#bbbbbb"];
+const LIGHT = ["#0072b2", "#d55e00", "#009e73", "#a8478a", "#8a6d00", "#3b8fc4", "#555555", "#7a5195", "#b0b7c0"]; // after Okabe and Ito
+const DARK = ["#56b4e9", "#f0903c", "#35c79a", "#e59bc8", "#f0e442", "#8fb8ff", "#bbbbbb", "#b79ae0", "#6f7a88"];
 const DASHES = ["solid", "dash", "dot", "dashdot", "longdash", "longdashdot"];
 const MARKS = ["circle", "square", "diamond", "cross", "x", "triangle-up"];
 const specs = new Map(data.figures.map((f) => [f.id, f]));
@@ -36,7 +36,7 @@ function tracesOf(spec) {
         hovertemplate: `step %{text}<br>${spec.unit === "share" ? "%{y:.2%}" : "%{y:.4~g}"} at %{x:.4~g}<extra></extra>`,
       });
     } else if (spec.kind === "stack") {
-      traces.push({ type: "bar", x: p.x, y: p.y, name: line.label, marker: { color: colour, line: { width: 0 }, pattern: { shape: ["", "/", ".", "x", "\\", "-", "|", "+"][i % 8], fgcolor: colour, fgopacity: 0.5, fillmode: "replace", size: 5 } }, hovertemplate: "%{y:.3~g} s" });
+      traces.push({ type: "bar", x: p.x, y: p.y, name: line.label, marker: { color: colour, line: { width: 0 } }, hovertemplate: "%{y:.3~g} s" });
     } else {
       const evals = line.of === "evals", few = p.x.length < 40;
       if (p.low && spec.lines.length < 4 && line.of === "curves") {
@@ -57,11 +57,11 @@ function draw(figure) {
   const spec = specs.get(figure.dataset.figure), place = figure.querySelector(".plot");
   const ink = getComputedStyle(document.body), soft = getComputedStyle(figure.querySelector("figcaption p")).color;
   const grid = dark() ? "#323945" : "#dfe3e8";
-  const axis = { gridcolor: grid, zerolinecolor: grid, linecolor: grid, automargin: true, title: { standoff: 6 } };
+  const axis = { gridcolor: grid, zerolinecolor: grid, linecolor: grid, automargin: true };
   const layout = {
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", margin: { l: 44, r: 12, t: 8, b: 36 },
     font: { family: ink.fontFamily, size: 12, color: soft }, barmode: "stack", bargap: 0.08,
-    xaxis: { ...axis, title: { text: spec.x_title, standoff: 6 } }, yaxis: { ...axis, ...(spec.unit === "share" ? { tickformat: ".0%" } : {}) },
+    xaxis: { ...axis, title: { text: spec.x_title, standoff: 6, font: { size: 12 } } }, yaxis: { ...axis, ...(spec.unit === "share" ? { tickformat: ".0%", rangemode: "tozero" } : {}) },
     showlegend: spec.kind !== "scatter" && spec.lines.length > 1, legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0 },
     hovermode: spec.kind === "scatter" ? "closest" : "x unified", hoverlabel: { bgcolor: dark() ? "#14171c" : "#ffffff", font: { color: ink.color } },
   };

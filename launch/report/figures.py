@@ -1,6 +1,6 @@
 """Which figures a report has, and what each is drawn from: curves of the runs by name. Pure."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from core.metrics import PHASES, SECTIONS
 from launch.report.record import Figure, Line, Report, RunRecord
@@ -12,18 +12,21 @@ _KEY = (
     "objective/entropy",
     "response/length_mean",
     "ppo/pg_clipfrac",
+    "ppo/approx_kl",
     "value/explained_variance",
+    "optim/grad_norm",
 )
 
 
 def key_figures(runs: list[RunRecord]) -> list[Figure]:
     """What one looks at first: reward in training and on held-out prompts, what no reward sees, then the health."""
+    numbered = dict(enumerate(runs))
     reward = _lines(runs, "reward/total", "training") + _lines(runs, "eval/reward/total", "held-out")
-    out = [_figure("reward", "reward/total", reward, runs)]
+    out = [_figure("reward", "reward/total", reward, numbered)]
     for name in _names(runs, evals=True):
         if name.count("/") == 1:
-            out.append(_figure(f"key-{name}", name, _lines(runs, name, "held-out"), runs))
-    out += [_figure(f"key-{name}", name, _lines(runs, name), runs) for name in _KEY]
+            out.append(_figure(f"key-{name}", name, _lines(runs, name, "held-out"), numbered))
+    out += [_figure(f"key-{name}", name, _lines(runs, name), numbered) for name in _KEY]
     return [f for f in out if f.lines]
 
 
@@ -31,7 +34,7 @@ def all_figures(runs: list[RunRecord]) -> dict[str, list[Figure]]:
     """Every number that was logged, by the question that it answers in core/metrics.py."""
     sections: dict[str, list[Figure]] = {title: [] for title in [*SECTIONS, OTHER]}
     for name in [*_names(runs), *_names(runs, evals=True)]:
-        sections[_section(name)].append(_figure(f"all-{name}", name, _lines(runs, name), runs))
+        sections[_section(name)].append(_figure(f"all-{name}", name, _lines(runs, name), dict(enumerate(runs))))
     return {title: of for title, of in sections.items() if of}
 
 
@@ -105,7 +108,8 @@ def gaming_figures(i: int, run: RunRecord) -> list[Figure]:
                 )
             )
     cut = "response/truncated_frac"
-    out += _there(run, _figure(f"cut-{i}", cut, [Line(run=i, label=run.name, curve=cut)], [run]))
+    if cut in run.curves.values:
+        out.append(_figure(f"cut-{i}", cut, [Line(run=i, label=run.name, curve=cut)], {i: run}))
     return out
 
 
@@ -144,7 +148,9 @@ def _there(run: RunRecord, *of: Figure) -> list[Figure]:
     for f in of:
         lines = [line for line in f.lines if line.curve in run.curves.values]
         if lines:
-            out.append(Figure(**{**vars(f), "lines": lines, "alt": f.alt or _alt(f.title, lines, [run])}))
+            out.append(
+                Figure(**{**vars(f), "lines": lines, "alt": f.alt or _alt(f.title, lines, {f.lines[0].run: run})})
+            )
     return out
 
 
@@ -163,24 +169,25 @@ def _lines(runs: Sequence[RunRecord], name: str, label: str = "") -> list[Line]:
     ]
 
 
-def _figure(id: str, name: str, lines: list[Line], runs: Sequence[RunRecord]) -> Figure:
+def _figure(id: str, name: str, lines: list[Line], runs: Mapping[int, RunRecord]) -> Figure:
     meaning, unit, healthy = meaning_of(name)
     caption = f"{meaning} Healthy: {healthy}." if meaning else "Not in this version's table of metrics."
-    return Figure(
-        id=id.replace("/", "-"), kind="lines", title=name, caption=caption, unit=unit, lines=lines, alt=_alt(name, lines, runs)
-    )
+    alt, id = _alt(name, lines, runs), id.replace("/", "-")
+    return Figure(id=id, kind="lines", title=name, caption=caption, unit=unit, lines=lines, alt=alt)
 
 
-def _alt(title: str, lines: list[Line], runs: Sequence[RunRecord]) -> str:
+def _alt(title: str, lines: list[Line], runs: Mapping[int, RunRecord]) -> str:
     said = []
     for line in lines:
-        run = runs[line.run] if line.run < len(runs) else runs[0]
-        source = run.eval_curves.get(line.curve) if line.of == "evals" else None
-        steps, values = (source.steps, source.values) if source else (run.curves.steps, run.curves.values.get(line.curve, []))
-        known = [(s, v) for s, v in zip(steps, values, strict=False) if v is not None]
+        run = runs[line.run]
+        if line.of == "evals":
+            steps, values = run.eval_curves[line.curve].steps, run.eval_curves[line.curve].values
+        else:
+            steps, values = run.curves.steps, run.curves.values[line.curve]
+        known = [(s, figure(line.curve, v)) for s, v in zip(steps, values, strict=True) if v is not None]
         if known:
             (a, first), (b, last) = known[0], known[-1]
-            said.append(f"{line.label} from {figure(line.curve, first)} at step {a} to {figure(line.curve, last)} at step {b}")
+            said.append(f"{line.label} from {first} at step {a} to {last} at step {b}")
     return f"{title}: {'; '.join(said)}." if said else f"{title}: no numbers."
 
 

@@ -91,7 +91,7 @@ function heatMap(place) {
     const off = typeof x === "number" ? x - centre(k) : 0, most = extent(k);
     token.classList.toggle("plus", off > 0);
     token.classList.toggle("minus", off < 0);
-    token.style.setProperty("--x", off && most ? 10 + 90 * Math.abs(off) / most : 0);
+    token.style.setProperty("--x", off && most ? 22 + 78 * Math.abs(off) / most : 0);
   }
 
   function recolour(k) {
@@ -114,7 +114,7 @@ function heatMap(place) {
     const most = extent(shown), mid = centre(shown), scale = make("span", "scale");
     for (let n = -8; n <= 8; n++) {
       const piece = make("i", `t ${n > 0 ? "plus" : n < 0 ? "minus" : ""}`);
-      piece.style.setProperty("--x", n ? 10 + 90 * Math.abs(n) / 8 : 0);
+      piece.style.setProperty("--x", n ? 22 + 78 * Math.abs(n) / 8 : 0);
       scale.append(piece);
     }
     scale.setAttribute("role", "img");
@@ -140,9 +140,12 @@ function heatMap(place) {
   function draw(sample, samePrompt) {
     const box = make("article", "sample"), head = make("header");
     const parts = paid.map((c) => `${c} ${signed(sample.parts[c])}`).join(", ");
-    head.append(make("b", "", `step ${sample.step}`), make("span", "", sample.why.join(", ")), make("b", "", `reward ${signed(sample.total)}`));
+    const end = { stop: "ended by itself", length: "cut" }[sample.finish] ?? sample.finish;
+    const why = sample.why.filter((w) => w !== view).join(", ");
+    head.append(make("b", "", `step ${sample.step}`), make("b", "", `reward ${signed(sample.total)}`));
+    if (why) head.append(make("span", "", why));
     if (paid.length > 1) head.append(make("span", "", parts));
-    head.append(make("span", "", `${sample.n_tokens} tokens, ${sample.finish === "stop" ? "ended by itself" : sample.finish === "length" ? "cut" : sample.finish}`), make("span", "", `prompt ${sample.ordinal}${sample.k ? `, sample ${sample.k}` : ""}`));
+    head.append(make("span", "", `${sample.n_tokens} tokens, ${end}`), make("span", "", `prompt ${sample.ordinal}${sample.k ? `, sample ${sample.k}` : ""}`));
     box.append(head);
     if (!samePrompt) {
       const prompt = make("div", "prompt");
@@ -162,7 +165,7 @@ function heatMap(place) {
       token.setAttribute("role", "option");
       token.setAttribute("aria-selected", "false");
       if (text) fill(token, text);
-      else token.dataset.mark = sample.shares[i] !== null ? "⋯" : i === sample.n_tokens - 1 && sample.finish === "stop" ? "⏹" : "◌";
+      else token.dataset.mark = sample.shares[i] !== null ? "…" : i === sample.n_tokens - 1 && sample.finish === "stop" ? "end" : `id ${sample.ids[i]}`;
       dress(token);
       line.append(token);
     });

@@ -199,7 +199,7 @@ class Figure:
 class Difference:
     key: str
     values: list[str]  # of each run
-    
+
 
 @dataclass(frozen=True, kw_only=True)
 class Report:

@@ -88,7 +88,9 @@ def of_run(folder: Path, share: float, most_tokens: int = MOST_TOKENS) -> Respon
 
 def _nothing(share: float) -> str:
     if share == 0:
-        return "This run recorded no responses (log.ledger is 0). Train with --log.ledger 0.1 to record a tenth of them."
+        return (
+            "This run recorded no responses (log.ledger is 0). Train with --log.ledger 0.1 to record a tenth of them."
+        )
     return (
         f"No step of this run is recorded yet, or its ledger folder is gone. log.ledger is {share:g}: the first step"
         " writes one."
@@ -214,25 +216,15 @@ def _plain(x: float | None) -> Number:
 
 def token_pay(tables: list[pa.Table]) -> tuple[list[TokenPay], list[TokenPay]]:
     """The texts that earned most, and those that cost most, over all tokens of the tables."""
-    texts = np.concatenate([_flat(table["tokens"]).to_numpy(zero_copy_only=False) for table in tables])
-    paid = np.concatenate(
-        [_flat(table["token_rewards"]).fill_null(0).to_numpy(zero_copy_only=False).astype(float) for table in tables]
-    )
-    names, which = np.unique(texts.astype(str), return_inverse=True)
+    texts = pa.concat_arrays([pc.list_flatten(c) for t in tables for c in t["tokens"].chunks]).dictionary_encode()
+    rewards = pa.concat_arrays([pc.list_flatten(c) for t in tables for c in t["token_rewards"].chunks])
+    paid = rewards.fill_null(0).to_numpy(zero_copy_only=False).astype(np.float64)
+    names, which = texts.dictionary.to_pylist(), texts.indices.to_numpy()
     sums, counts = np.bincount(which, weights=paid), np.bincount(which)
-    order = np.argsort(-sums, kind="stable")
+    order = sorted(range(len(names)), key=lambda i: (-sums[i], names[i]))
 
-    def rows(indices: np.ndarray, sign: int) -> list[TokenPay]:
-        return [
-            TokenPay(
-                text=str(names[i]), count=int(counts[i]), total=round(float(sums[i]), 4), mean=float(sums[i] / counts[i])
-            )
-            for i in indices[:MOST_TEXTS]
-            if sign * sums[i] > 0
-        ]
+    def rows(indices: list[int], sign: int) -> list[TokenPay]:
+        found = [(names[i], int(counts[i]), float(sums[i])) for i in indices[:MOST_TEXTS] if sign * sums[i] > 0]
+        return [TokenPay(text=text, count=n, total=round(paid, 4), mean=paid / n) for text, n, paid in found]
 
     return rows(order, 1), rows(order[::-1], -1)
-
-
-def _flat(column: pa.ChunkedArray) -> pa.Array:
-    return pc.list_flatten(pa.concat_arrays(column.chunks))

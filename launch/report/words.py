@@ -237,7 +237,9 @@ def _independent(known: Known, name: str) -> Check:
     went = f"From {figure(f'eval/{name}', a)} to {figure(f'eval/{name}', b)} on held-out prompts"
     rewards = f"while the reward went from {figure('reward/total', total[0])} to {figure('reward/total', total[1])}"
     if better(name) != "lower":
-        return Check(title=title, level="unknown", text=f"{went}, {rewards}: whether that is better, its name does not say.")
+        return Check(
+            title=title, level="unknown", text=f"{went}, {rewards}: whether that is better, its name does not say."
+        )
     if _worse(before, after, name) and total[1] > total[0]:
         return Check(title=title, level="bad", text=f"{went}, {rewards}: the reward rises and the task does not.")
     return Check(title=title, level="good", text=f"{went}, {rewards}.")
