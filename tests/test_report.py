@@ -140,7 +140,10 @@ def test_samples_are_chosen_by_rule():
     assert "same prompt" in said[1, 1.0] and "same prompt" in said[8, 2.0]  # p0 comes again, of the lowest ordinal
     assert chosen == samples.choose(rows[::-1], 10_000)
     few = samples.choose(rows, 30)  # room for three responses: the extremes of the last step first
-    assert [(r.step, r.total) for r in few] == [(8, 9.0), (8, 7.0), (8, 3.0)]
+    assert [(r.step, r.total, why[0]) for r, why in few.items()] == [
+        *((8, 9.0, "best"), (8, -4.0, "worst"), (8, 7.0, "best")),
+    ]
+    assert list(samples.choose(rows_of([1.0]), 99).values()) == [["best", "typical"]]  # the worst of one is no news
     assert samples.choose(rows_of([1.0], tokens=10**6), 10_000)  # a long one is shown from its beginning
     assert samples.spaced(list(range(100)), 4) == [0, 33, 66, 99] and samples.spaced([1, 2], 4) == [1, 2]
 

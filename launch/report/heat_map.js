@@ -159,13 +159,13 @@ function heatMap(place) {
     line.setAttribute("aria-orientation", "horizontal");
     line.setAttribute("aria-label", `Response of step ${sample.step} to prompt ${sample.ordinal}, reward ${signed(sample.total)}`);
     sample.texts.forEach((text, i) => {
-      const token = make("span", "t" + (sample.ours[i] ? "" : " theirs"));
+      const token = make("span", "t" + (sample.ours[i] ? "" : " theirs") + (text.includes("\n") ? " broken" : ""));
       token.of = { sample, i };
       token.tabIndex = i ? -1 : 0;
       token.setAttribute("role", "option");
       token.setAttribute("aria-selected", "false");
       if (text) fill(token, text);
-      else token.dataset.mark = sample.shares[i] !== null ? "…" : i === sample.n_tokens - 1 && sample.finish === "stop" ? "end" : `id ${sample.ids[i]}`;
+      else token.dataset.mark = sample.shares[i] !== null ? "part" : i === sample.n_tokens - 1 && sample.finish === "stop" ? "end" : `id ${sample.ids[i]}`;
       dress(token);
       line.append(token);
     });

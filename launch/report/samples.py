@@ -116,9 +116,9 @@ def choose(rows: list[Row], most_tokens: int) -> dict[Row, list[str]]:
     wanted: list[tuple[Row, str]] = []
     again = _come_again(rows)
     for i, step in enumerate(order):
-        best_first = ranked[step]
-        n = 3 if i == 0 else 1
-        wanted += [(row, "best") for row in best_first[:n]] + [(row, "worst") for row in best_first[: -n - 1 : -1]]
+        ranks = ranked[step]
+        for n in range(min(3 if i == 0 else 1, (len(ranks) + 1) // 2)):
+            wanted += [(ranks[n], "best"), (ranks[-1 - n], "worst")][: 1 + (n < len(ranks) - 1 - n)]
         if i == 0:
             wanted += [(row, "same prompt") for row in again]
     wanted += [(ranked[step][len(ranked[step]) // 2], "typical") for step in order]

@@ -30,6 +30,7 @@ def take(run: Path, out: Path, scheme: str = "light") -> None:
         height = page.evaluate("document.documentElement.scrollHeight")
         page.set_viewport_size({"width": 1280, "height": height})  # no bar that stays while one scrolls
         page.wait_for_function(ALL_DRAWN)
+        page.locator(".legend input").check()
         tokens = page.locator(".tokens .t")
         wrong = page.locator(".tokens .t.minus")
         (wrong if wrong.count() else tokens).first.hover()

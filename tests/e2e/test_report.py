@@ -163,7 +163,7 @@ def test_texts_are_shown_right_and_never_run(page, made):
     )
     assert labels[3].startswith("“↵”") and labels[4].startswith("“⇥next”") and labels[-1].startswith("end of the resp")
     marks = tokens.evaluate_all("all => all.map(t => t.dataset.mark ?? t.querySelector('.mark')?.dataset.mark ?? '')")
-    assert (marks[3], marks[4], marks[7], marks[-1]) == ("↵", "⇥", "…", "end")
+    assert (marks[3], marks[4], marks[7], marks[-1]) == ("↵", "⇥", "part", "end")
     tops = tokens.evaluate_all("all => all.map(t => t.getBoundingClientRect().bottom)")
     assert tops[4] > tops[2], "a newline is one"
     assert box.locator(".prompt").inner_text() in {f"prompt {i} {case.EVIL}" for i in range(3)} | {"again"}
