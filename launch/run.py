@@ -23,7 +23,6 @@ from launch import build, cluster, early, environment, going_on, learners, room,
 from launch.exchange import Exchange
 from launch.job import NOTHING, Inline, Job
 from launch.last_words import on_sigterm, undisturbed_end
-from launch.report import render
 from launch.reservation import seats_of_run
 from launch.stopping import Stopping
 from launch.trackers import Trackers
@@ -132,6 +131,8 @@ def _report(job: Job, summary: dict[str, Any]) -> None:
     if not summary["steps"] or summary["exit"] in (INTERRUPTED, TERMINATED):
         return
     try:
+        from launch.report import render  # packages that nothing else of a run needs: without them it trains as well
+
         render.write([job.folder], over=True)
     except Exception as error:  # of a disk, or a bug of ours: training is done and all else is written
         what = " ".join(f"{type(error).__name__}: {error}".split())
