@@ -8,9 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from core.config import load, to_yaml
+from core.config import to_yaml
 from core.diagnosis import Diagnosis, Facts
-from core.faults import UserError
 from core.metrics import COUNTERS, PHASES
 from core.schema import Config, leaf_keys
 from launch import run_folder
@@ -27,7 +26,7 @@ def gather(folders: Sequence[Path], *, over: bool | None = None) -> Report:
     Args:
         over: whether the runs are at work no more; None asks their folders.
     """
-    configs = [_config(folder) for folder in folders]
+    configs = [run_folder.configuration(folder) for folder in folders]
     room = samples.MOST_TOKENS // len(folders)
     runs = [run_of(f, cfg, room, over=over) for f, cfg in zip(folders, configs, strict=True)]
     return Report(
@@ -43,12 +42,6 @@ def gather(folders: Sequence[Path], *, over: bool | None = None) -> Report:
         version=importlib.metadata.version("tokenppo"),
         made_at=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )
-
-
-def _config(folder: Path) -> Config:
-    if not (folder / "config.yaml").is_file():
-        raise UserError(f"RUN = {folder}: there is no run in this folder (no config.yaml)")
-    return load(folder / "config.yaml")
 
 
 def run_of(folder: Path, cfg: Config, most_tokens: int, *, over: bool | None = None) -> RunRecord:
