@@ -86,15 +86,20 @@ def step_of(path: Path) -> int:
     return int(path.name.split(".")[0].removeprefix("step_"))
 
 
-def read(folder: Path, step: int) -> tuple[pa.Table, list[dict[str, Any]]]:
+def read(folder: Path, step: int, columns: list[str] | None = None) -> tuple[pa.Table, list[dict[str, Any]]]:
     """The rows of a step, by (ordinal, k), and what each rank says of it. Raises UserError where there are none, or of
-    another version."""
+    another version.
+
+    Args:
+        columns: those to read, all if None; ordinal and k are read besides.
+    """
     found = files(folder, step)
     if not found:
         kept = sorted({step_of(path) for path in files(folder)})
         there = f"it has steps {kept[0]} to {kept[-1]}" if kept else "it is empty; log.ledger is the share that is kept"
         raise UserError(f"{folder / FOLDER}: nothing of step {step}; {there}")
-    tables = [pyarrow.parquet.read_table(path) for path in found]
+    wanted = None if columns is None else list(dict.fromkeys(["ordinal", "k", *columns]))
+    tables = [pyarrow.parquet.read_table(path, columns=wanted) for path in found]
     for path, table in zip(found, tables, strict=True):
         version = (table.schema.metadata or {}).get(VERSION_KEY)
         if version != VERSION:

@@ -164,6 +164,18 @@ def _reweight(args: argparse.Namespace) -> int:
     return main(args)
 
 
+def _report_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="path of a run folder; several are compared")
+    parser.add_argument("-o", metavar="FILE.html", type=Path, help="default RUN/report.html, of one run")
+
+
+def _report(args: argparse.Namespace) -> int:
+    from launch.report.render import write
+
+    print(write(args.runs, args.o))
+    return 0
+
+
 def _export_arguments(parser: argparse.ArgumentParser) -> None:
     _run(parser)
     parser.add_argument("out", metavar="OUT", help="folder to write; it must not exist")
@@ -266,6 +278,13 @@ VERBS = (  # in the order in which one needs them
         arguments=_reweight_arguments,
         do=_reweight,
         overrides=True,
+    ),
+    Verb(
+        name="report",
+        help="write a page on runs, at work or over: did they learn, curves, each token's numbers, what went wrong",
+        examples=("tokenppo report runs/demo", "tokenppo report runs/demo runs/calm -o compared.html"),
+        arguments=_report_arguments,
+        do=_report,
     ),
     Verb(
         name="export",

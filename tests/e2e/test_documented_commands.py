@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import browser
 import documented
 import tiny_models
 from cards_run import ROOT, checkout
@@ -46,6 +47,7 @@ RUN: dict[str, str | Callable[[str], str]] = {
     r"(bash launch/test\.sh.*)": r"\1 tests/test_readme.py --collect-only -q",
     r"source (.*)": r"source \1 && tokenppo --help",
     r"(tokenppo train --help)": r"\1",
+    r"(tokenppo report runs/demo) runs/calm (-o \S+)": r"\1 runs/demo \2",
     r"((?:tokenppo|python -m tokenppo|accelerate launch) .*)": lambda words: (
         small(words) if "train" in words else words
     ),
@@ -69,6 +71,7 @@ RUN: dict[str, str | Callable[[str], str]] = {
     ),
     r"(python examples/cards/make\.py --no-train .*)": r"\1",
     r"(python examples/calculator/make\.py)": r"\1 --steps 20",
+    r"(python tests/e2e/report_screenshot\.py) .*": r"\1 runs/demo report.png",
     r"(tokenppo check-reward .*)": r"\1",
     r"(python -m core\.metrics)": r"\1",
     r"(python -m core\.\w+) > (docs/\w+\.md)": r"\1 | diff - \2",
@@ -120,6 +123,8 @@ def shortened(command: Command) -> str:
 @pytest.mark.parametrize("command", HERE, ids=lambda command: f"{command.page}: {command.text[:80]}")
 def test_a_documented_command_works(command: Command, folder):
     line = shortened(command)
+    if "report_screenshot" in line and browser.chromium() is None:
+        pytest.skip(browser.ABSENT)
     if "runs/demo" in line and not (folder / "runs" / "demo").exists():
         demo = shell(small("tokenppo train --config configs/cards.yaml --run.name demo"), folder)
         assert demo.returncode == 0, demo.stdout + demo.stderr
