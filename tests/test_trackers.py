@@ -13,7 +13,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from core.schema import Config
 from launch import trackers as module
-from launch.trackers import HIDDEN, Trackers, logged_in, shown
+from launch.shown import HIDDEN, shown
+from launch.trackers import Trackers
+from launch.wandb_tracker import logged_in
 from tests import wandb_file
 from trainer.run_log import RunLog
 
