@@ -5,8 +5,8 @@ from html.parser import HTMLParser
 
 import numpy as np
 
-from exhibits import EVIL, shown
 from launch.heat_map import MOST_PIECES, html, markdown, pieces
+from tests.exhibits import EVIL, shown
 
 
 class Page(HTMLParser):
