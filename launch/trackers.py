@@ -17,6 +17,7 @@ in it. After a resume the new file begins with a mark (`purge_step`) that hides 
 checkpoint. **W&B**: launch/wandb_tracker.py.
 """
 
+import os
 import queue
 import uuid
 from collections.abc import Callable
@@ -155,7 +156,9 @@ class Trackers:
         self = cls(ids=ids, resumed_from=resumed_from, note=note, peer_names=cfg.log.peer_names, close_s=close_s)
         folder = Path(folder).absolute()
         if "wandb" in cfg.log.trackers:
-            self.ids.setdefault("wandb", uuid.uuid4().hex[:12])
+            # An agent of a W&B sweep waits for the run that it named itself.
+            given = os.environ.get("WANDB_RUN_ID") if "WANDB_SWEEP_ID" in os.environ else None
+            self.ids.setdefault("wandb", given or uuid.uuid4().hex[:12])
         makers: dict[str, Callable[[], _Tracker]] = {
             "tensorboard": lambda: TensorBoard(cfg, folder, resumed_from),
             # W&B gives up before `close` gives up on its process, so that there is an exit code.

@@ -114,7 +114,15 @@ class WandB:
             os.replace(new, self._last)
         if self._view_due:
             self._view_due = False
-            if url := wandb_view.ensure(self._run.entity, self._run.project, self._cfg):
+            self._save_view()
+
+    def _save_view(self) -> None:
+        try:
+            url = wandb_view.ensure(self._run.entity, self._run.project, self._cfg)
+        except Exception as error:  # of a preview of theirs: the numbers arrive all the same
+            self._note(f"warning: W&B has no saved view of this project: {type(error).__name__}: {error}")
+        else:
+            if url is not None:
                 self._note(f"W&B: the charts in the order of docs/metrics.md are in {url}")
 
     def alert(self, verdict: Verdict) -> None:
