@@ -196,8 +196,10 @@ def run_trials(trials: list[Trial], folder: Path, jobs: int, gpus: float) -> dic
 
         words = {trial.name: trial.words for trial in trials}
         trainable = tune.with_parameters(train_trial, words=words, folder=str(folder), cwd=str(Path.cwd()), own=own)
+        # It wants some; the trial's own Ray counts what it needs, and `jobs` is what bounds how many there are.
+        resources = {"CPU": 0.001} | ({"GPU": gpus} if gpus else {})
         tuner = tune.Tuner(
-            tune.with_resources(trainable, {"CPU": 0.0, "GPU": gpus} if gpus else {"CPU": 0.0}),
+            tune.with_resources(trainable, resources),
             param_space={"trial": tune.grid_search([trial.name for trial in trials])},
             tune_config=tune.TuneConfig(max_concurrent_trials=jobs),
             run_config=tune.RunConfig(name="tune", storage_path=str(folder / ".tune"), verbose=0, callbacks=[Tell()]),
