@@ -32,6 +32,7 @@ from rollout.prompts import leak
 from trainer import checkpoint
 from trainer.checkpoint import Checkpoint, save_pretrained
 from trainer.evaluate import summary_of
+from trainer.gallery import Gallery
 from trainer.learner import Learner
 from trainer.ledger import Ledger
 from trainer.loop import TrainState, make_probe, train
@@ -286,6 +287,8 @@ def _train(
                 tables = {under_way.file_of(ranks.index): state.backlog.table()} if cfg.rollout.in_rounds else None
             where, keep = folder / run_folder.CHECKPOINTS, cfg.run.keep_checkpoints
             checkpoint.save(where, learner, content, keep=keep, tables=tables)
+            if trackers is not None:
+                trackers.checkpoint(where / f"step-{step}", step)
         return reason is None
 
     title = f"{cfg.run.name}: {Path(cfg.model.path).name} on {', '.join(Path(p).name for p in cfg.data.sources)}"
@@ -313,6 +316,7 @@ def _train(
         )
     ledger = Ledger(cfg, folder, job.tokenizer, note, rank=ranks.index, ranks=ranks.size)
     parts.callback(ledger.close)
+    gallery = Gallery(cfg, job.tokenizer, ranks, trackers.show if trackers else None)
     with log:
         if ranks.is_main:
             tell.append(log.note)
@@ -329,6 +333,7 @@ def _train(
                     log=log,
                     state=state,
                     ledger=ledger,
+                    gallery=gallery,
                     on_eval=on_eval,
                     on_step=on_step,
                 )

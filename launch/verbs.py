@@ -233,6 +233,31 @@ def _health(args: argparse.Namespace) -> int:
     return 0
 
 
+def _sweep_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", metavar="F", type=Path, required=True, help="what all trials have in common")
+    parser.add_argument(
+        "--grid", metavar="KEY=V,V", action="append", required=True, help="values of a key; may be given several times"
+    )
+    parser.add_argument("-o", "--out", metavar="FOLDER", type=Path, required=True, help="of the trials' run folders")
+    parser.add_argument("--metric", metavar="NAME", help="of docs/metrics.md, default that of run.best_metric")
+    parser.add_argument("--lowest", action="store_true", help="the lower the metric the better")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="trials at a time, default 1")
+    parser.add_argument(
+        "--gpus", type=float, default=0.0, metavar="N", help="GPUs that Ray gives each trial, default 0"
+    )
+    parser.add_argument("--json", action="store_true", help="the outcomes as one JSON object")
+    parser.add_argument("rest", metavar="-- OPTIONS", nargs="*", help="more options of tokenppo train, for all trials")
+
+
+def _sweep(args: argparse.Namespace) -> int:
+    from launch.cluster import prepare_environment
+
+    prepare_environment()
+    from launch.sweep import main
+
+    return main(args)
+
+
 VERBS = (  # in the order in which one needs them
     Verb(
         name="check-reward",
@@ -250,6 +275,17 @@ VERBS = (  # in the order in which one needs them
         examples=("tokenppo watch runs/demo", "tokenppo watch runs/demo --once"),
         arguments=_watch_arguments,
         do=_watch,
+    ),
+    Verb(
+        name="sweep",
+        help="train once for each combination of settings, and compare",
+        examples=(
+            "tokenppo sweep --config configs/cards.yaml --grid optim.lr=3e-4,1e-3 -o runs/lr -- --run.steps 8",
+            "tokenppo sweep --config configs/cards.yaml --grid rewards.quality.weight=0.5,1,2 --metric eval/slot_error"
+            " --lowest -o runs/weights",
+        ),
+        arguments=_sweep_arguments,
+        do=_sweep,
     ),
     Verb(
         name="sample",

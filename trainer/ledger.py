@@ -165,13 +165,13 @@ def table_of(recorded: Recorded, cfg: Config, tokenizer: Any) -> pa.Table:
         at = pa.array(np.arange(0, n * len(parts) + 1, len(parts), dtype=np.int32))
         return pa.MapArray.from_arrays(at, pa.array([*parts] * n), items)
 
-    texts = [_decode(tokenizer, t.response_ids, skip=True) for t in rows]
+    texts = [decode(tokenizer, t.response_ids, skip=True) for t in rows]
     columns: dict[str, Any] = {name: lists(x) for name, x in numbers_of(batch, recorded.new_logprobs, cfg).items()}
     columns |= {
         "bootstrap_value": batch.bootstrap_values.float().numpy(),
         "normalized": maps(recorded.normalized),
         "weighted": maps(recorded.weighted),
-        "prompt_text": [_decode(tokenizer, t.request.prompt_ids, skip=False) for t in rows],
+        "prompt_text": [decode(tokenizer, t.request.prompt_ids, skip=False) for t in rows],
         "response_text": texts,
         "tokens": [[s[a:b] for a, b in t.token_offsets.tolist()] for s, t in zip(texts, rows, strict=True)],
     }
@@ -222,5 +222,6 @@ def _plain(t: Trajectory) -> Trajectory:
     return replace(t, request=replace(t.request, columns=json.loads(json.dumps(t.request.columns, default=str))))
 
 
-def _decode(tokenizer: Any, ids: np.ndarray, *, skip: bool) -> str:
+def decode(tokenizer: Any, ids: np.ndarray, *, skip: bool) -> str:
+    """The text of token ids, as offsets count it. `skip`: without special tokens."""
     return tokenizer.decode(ids.tolist(), skip_special_tokens=skip, clean_up_tokenization_spaces=False)

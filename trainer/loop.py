@@ -100,6 +100,19 @@ class Recorder(Protocol):
         ...
 
 
+class Looks(Protocol):
+    def record(
+        self,
+        step: int,
+        batch: TrainBatch,
+        trajectories: list[Trajectory],
+        combined: Combined,
+        new_logprobs: Tensor | None,
+    ) -> None:
+        """Hand over what people look at, where the step is one of those; waits for the other ranks alone."""
+        ...
+
+
 class Publisher(Protocol):
     def publish(self, version: int) -> None: ...
 
@@ -142,6 +155,7 @@ def train(
     log: RunLog,
     state: TrainState,
     ledger: Recorder,
+    gallery: Looks,
     on_eval: Callable[[int, dict[str, float]], None],
     on_step: Callable[[int, dict[str, float], list[str], dict[str, Any]], bool],
 ) -> None:
@@ -200,6 +214,7 @@ def train(
             publisher.publish(step)
         with log.time("log"):
             ledger.record(step, batch, trajectories, combined, learner.new_logprobs, weights, before, credit_means)
+            gallery.record(step, batch, trajectories, combined, learner.new_logprobs)
 
         means = rollout_sums(batch, combined, trajectories, version=step - 1).merge(ranks.sum_list).means()
         means |= policy_means | credit_means | update_means | {"objective/kl_coef": state.kl.coef}

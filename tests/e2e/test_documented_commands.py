@@ -37,6 +37,9 @@ ELSEWHERE = {
         "tests/e2e/test_vllm.py::test_a_run_on_cards_trains_with_vllm_and_passes_its_own_checks"
     ),
     r"docker (build|run|cp) .*": "tests/e2e/test_docker_steps.py::test_the_cpu_image_can_be_made_and_is_well",
+    r"tokenppo sweep .*": (
+        "tests/e2e/test_sweep.py::test_a_failing_trial_ends_no_other_and_a_larger_grid_trains_what_is_new"
+    ),
     r"tokenppo serve-reward .*": f"{HTTP}::test_cards_are_rewarded_and_trained_over_http_as_in_process",
     r".* sbatch .*slurm\.sh .*": "tests/e2e/test_templates.py::test_the_slurm_script_starts_the_trainer",
     r".* bash launch/templates/ray_job\.sh .*": RAY_JOB,
