@@ -145,7 +145,7 @@ def test_samples_are_chosen_by_rule():
     ]
     assert list(samples.choose(rows_of([1.0]), 99).values()) == [["best", "typical"]]  # the worst of one is no news
     assert samples.choose(rows_of([1.0], tokens=10**6), 10_000)  # a long one is shown from its beginning
-    assert samples.spaced(list(range(100)), 4) == [0, 33, 66, 99] and samples.spaced([1, 2], 4) == [1, 2]
+    assert curves.spaced(list(range(100)), 4) == [0, 33, 66, 99] and curves.spaced([1, 2], 4) == [1, 2]
 
 
 def test_a_long_response_is_shown_from_its_beginning_and_summed_whole(monkeypatch):
@@ -174,6 +174,7 @@ def test_a_curve_of_many_steps_is_means_of_equal_shares_and_what_they_lay_betwee
     assert few.steps == [1, 2, 3] and few.values["b"] == [1.0, None, 1.0] and few.low == {}
     evals = curves.evaluations_of(rows[:2], {"c": 0.5})
     assert evals["eval/c"].steps == [0, 1, 2] and evals["eval/c"].values == [0.5, 5.0, 5.0]
+    assert curves.evaluations_of(rows, {"c": 0.5}, most=3)["eval/c"].steps == [0, 500, 1000]
 
 
 def test_correlation_is_pearsons():

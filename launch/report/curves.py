@@ -36,15 +36,25 @@ def curves_of(rows: list[dict[str, Any]], most: int = MOST_POINTS) -> Curves:
     return Curves(steps=steps, values=columns(mean), low=columns(low), high=columns(high), steps_per_point=n / most)
 
 
-def evaluations_of(rows: list[dict[str, Any]], before: dict[str, float]) -> dict[str, Evaluations]:
-    """Name with `eval/` before it -> values over training; `before` are those of step 0, without the `eval/`."""
+def evaluations_of(
+    rows: list[dict[str, Any]], before: dict[str, float], most: int = MOST_POINTS
+) -> dict[str, Evaluations]:
+    """Name with `eval/` before it -> values over training, at most `most` of them, the first and the last among them;
+    `before` are those of step 0, without the `eval/`."""
     names = sorted({name for row in rows for name in row if name.startswith(EVAL)} | {f"{EVAL}{x}" for x in before})
     out = {}
     for name in names:
         points = [(0, before[name.removeprefix(EVAL)])] if name.removeprefix(EVAL) in before else []
-        points += [(int(row["step"]), row[name]) for row in rows if name in row]
+        points = spaced([*points, *((int(row["step"]), row[name]) for row in rows if name in row)], most)
         out[name] = Evaluations(steps=[s for s, _ in points], values=[short(v) for _, v in points])
     return out
+
+
+def spaced(items: list[Any], most: int) -> list[Any]:
+    """At most `most` of them, evenly spaced, the first and the last among them."""
+    if len(items) <= most:
+        return items
+    return [items[i] for i in sorted({round(i) for i in np.linspace(0, len(items) - 1, most)})]
 
 
 def mean_of(rows: list[dict[str, Any]], name: str) -> float | None:

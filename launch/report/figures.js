@@ -44,7 +44,7 @@ function tracesOf(spec) {
         traces.push({ type: "scatter", mode: "lines", x: p.x, y: p.high, line: { width: 0 }, fill: "tonexty", fillcolor: colour + "33", showlegend: false, hoverinfo: "skip" });
       }
       traces.push({
-        type: "scatter", mode: evals || few ? "lines+markers" : "lines", x: p.x, y: p.y, name: line.label, hovertemplate: hover, connectgaps: evals,
+        type: "scatter", mode: few ? "lines+markers" : "lines", x: p.x, y: p.y, name: line.label, hovertemplate: hover, connectgaps: evals,
         line: { color: colour, width: spec.lines.length > 1 && i === 0 && line.label === "total" ? 3 : 2, dash: several && !evals ? "solid" : DASHES[(several ? 1 : i) % DASHES.length] },
         marker: { size: evals ? 8 : 5, symbol: MARKS[(several ? line.run : i) % MARKS.length] },
       });
@@ -62,7 +62,7 @@ function draw(figure) {
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", margin: { l: 44, r: 12, t: 8, b: 36 },
     font: { family: ink.fontFamily, size: 12, color: soft }, barmode: "stack", bargap: 0.08,
     xaxis: { ...axis, title: { text: spec.x_title, standoff: 6, font: { size: 12 } } }, yaxis: { ...axis, ...(spec.unit === "share" ? { tickformat: ".0%", rangemode: "tozero" } : {}) },
-    showlegend: spec.kind !== "scatter" && spec.lines.length > 1, legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0 },
+    showlegend: spec.kind !== "scatter" && spec.lines.length > 1, legend: { traceorder: "normal", orientation: "h", y: 1.02, yanchor: "bottom", x: 0 },
     hovermode: spec.kind === "scatter" ? "closest" : "x unified", hoverlabel: { bgcolor: dark() ? "#14171c" : "#ffffff", font: { color: ink.color } },
   };
   Plotly.react(place, tracesOf(spec), layout, { displayModeBar: false, responsive: true });

@@ -171,7 +171,9 @@ def _lines(runs: Sequence[RunRecord], name: str, label: str = "") -> list[Line]:
 
 def _figure(id: str, name: str, lines: list[Line], runs: Mapping[int, RunRecord]) -> Figure:
     meaning, unit, healthy = meaning_of(name)
-    caption = f"{meaning} Healthy: {healthy}." if meaning else "Not in this version's table of metrics."
+    caption = (
+        f"{meaning} Healthy: {healthy}.".replace("`", "") if meaning else "Not in this version's table of metrics."
+    )
     alt, id = _alt(name, lines, runs), id.replace("/", "-")
     return Figure(id=id, kind="lines", title=name, caption=caption, unit=unit, lines=lines, alt=alt)
 

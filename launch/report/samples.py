@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 
 from core import ledger_table
 from launch.heat_map import pieces
-from launch.report.curves import correlation
+from launch.report.curves import correlation, spaced
 from launch.report.record import Number, Responses, Sample, TokenPay
 
 MOST_STEPS = 12  # that are read, however many are recorded
@@ -95,13 +95,6 @@ def _nothing(share: float) -> str:
         f"No step of this run is recorded yet, or its ledger folder is gone. log.ledger is {share:g}: the first step"
         " writes one."
     )
-
-
-def spaced(items: list[Any], most: int) -> list[Any]:
-    """At most `most` of them, evenly spaced, the first and the last among them."""
-    if len(items) <= most:
-        return items
-    return [items[i] for i in sorted({round(i) for i in np.linspace(0, len(items) - 1, most)})]
 
 
 def choose(rows: list[Row], most_tokens: int) -> dict[Row, list[str]]:
