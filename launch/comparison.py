@@ -103,8 +103,8 @@ def report(
     decides: str,
     by: tuple[str, dict[int, Any]] | None = None,
 ) -> Report:
-    """`others`: the answers of `against`. `asked`: of each policy. `by`: a column and the value of each prompt (`slices_of`). ValueError where
-    nothing was answered."""
+    """`others`: the answers of `against`. `asked`: how many of each policy. `by`: a column and the value of each prompt
+    (`slices_of`). ValueError where nothing was answered."""
     if not answers:
         raise ValueError("no answers")
     others = None if against is None else others

@@ -30,7 +30,7 @@ def self_bleu(texts: list[str]) -> float | None:
 
     step = max(1.0, len(texts) / MOST)
     texts = [texts[int(i * step)] for i in range(min(len(texts), MOST))]
-    # The effective order: an answer of fewer than four words has no 4-grams, and would count 0 however often it is said.
+    # The effective order: an answer of fewer than four words has no 4-grams, and counted 0 however often it is said.
     bleu = BLEU(effective_order=True)
     scores = [bleu.sentence_score(text, texts[:i] + texts[i + 1 :]).score for i, text in enumerate(texts)]
     return sum(scores) / len(scores)

@@ -5,8 +5,8 @@ random numbers, on rollout workers and reward servers as in training (trainer/lo
              +--> task, prompts --|                                     |--> KL to the base --> comparison --> gate
     AGAINST -+                    +--> workers of AGAINST --> rewards --+
 
-The task (prompts, rewards, how answers are written) is that of the run, or of `--config`. Every wait is one of training,
-with its deadline (docs/architecture.md).
+The task (prompts, rewards, how answers are written) is that of the run, or of `--config`. Every wait is one of
+training, with its deadline (docs/architecture.md).
 """
 
 import re
@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from core.config import load
@@ -54,7 +55,7 @@ class Policy:
     label: str
     path: str  # a folder that from_pretrained loads, or a hub id
     config: Path | None = None  # of the run it comes from
-    run: Path | None = None  # where it is named by its run
+    run: Path | None = None
 
 
 def evaluate(
@@ -121,8 +122,9 @@ def _policy(word: str, weights: str, what: str) -> Policy:
     if (folder / "config.json").is_file():
         if weights != "final":
             raise UserError(f"--weights {weights}: {word} is a model; name the folder of its run, or leave it out")
-        config = folder.absolute().parent / "config.yaml"  # best/ or final/ of a run
-        return Policy(word, str(folder.absolute()), config if config.is_file() else None)
+        run = folder.absolute().parent  # of best/ or final/
+        of_run = (run / "config.yaml", run) if (run / "config.yaml").is_file() else ()
+        return Policy(word, str(folder.absolute()), *of_run)
     if (folder / "config.yaml").is_file():
         config = folder / "config.yaml"
         if weights == "base":
@@ -131,7 +133,9 @@ def _policy(word: str, weights: str, what: str) -> Policy:
             raise UserError(f"--weights {weights}: {folder / weights} does not exist")
         return Policy(f"{folder.absolute().name}/{weights}", str((folder / weights).absolute()), config, folder)
     if folder.is_dir():
-        raise UserError(f"{what} = {word}: neither a run (no config.yaml) nor a model (no config.json) is in this folder")
+        raise UserError(
+            f"{what} = {word}: neither a run (no config.yaml) nor a model (no config.json) is in this folder"
+        )
     if re.fullmatch(r"[\w.-]+/[\w.-]+", word) and not folder.parent.is_dir():
         return Policy(word, word)  # a hub id: whether there is such a one, its loading says
     beside = sorted(p.name for p in folder.parent.iterdir() if p.is_dir()) if folder.parent.is_dir() else []
@@ -274,8 +278,8 @@ def _kl_to(cfg: Config, base: Policy, trajectories: list[Trajectory], texts: lis
     for t, logprobs in zip(trajectories, found, strict=True):
         if isinstance(logprobs, Exception):
             raise logprobs
-        log_ratio = torch.from_numpy(logprobs - t.rollout_logprobs)[torch.from_numpy(t.action_mask)].double()
-        k3 = torch.expm1(log_ratio) - log_ratio
+        log_ratio = (logprobs.astype(np.float64) - t.rollout_logprobs)[t.action_mask]
+        k3 = np.expm1(log_ratio) - log_ratio
         kls.append({"objective/kl": float(-log_ratio.sum()), "objective/kl_k3": float(k3.sum())})
     return kls
 

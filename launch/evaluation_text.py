@@ -76,7 +76,9 @@ def _verdict(report: Report, compared: Comparison) -> list[str]:
     better = "less" if report.decides.startswith("-") else "more"
     if won is not None:
         lines.append(f"win rate {won.rate} by {_decider(report)} ({better} is better, a tie counts half)")
-        lines.append(f"  {won.wins} prompts won, {won.ties} tied, {won.losses} lost; sign test p = {won.sign_test_p:.3g}")
+        lines.append(
+            f"  {won.wins} prompts won, {won.ties} tied, {won.losses} lost; sign test p = {won.sign_test_p:.3g}"
+        )
     if (equal := compared.length_controlled) is not None:
         note = "; no pair was near equal length, this is far from what was seen" if equal.extrapolated else ""
         lines.append(

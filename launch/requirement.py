@@ -61,8 +61,8 @@ class Requirement:
         interval = f"{format(estimate.low, f'{sign}.4g')} to {format(estimate.high, f'{sign}.4g')}"
         words = "lies" if met else "does not lie"
         return met, (
-            f"{what} is {format(estimate.value, f'{sign}.4g')}, and its 95 % interval ({interval}, {estimate.n} prompts)"
-            f" {words} {_WORDS[self.op]} {bound:g}"
+            f"{what} is {format(estimate.value, f'{sign}.4g')}, and its 95 % interval ({interval}, {estimate.n}"
+            f" prompts) {words} {_WORDS[self.op]} {bound:g}"
         )
 
 

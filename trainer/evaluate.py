@@ -1,4 +1,4 @@
-"""What scored trajectories are worth, response by response, and the means of that: in training and in `tokenppo eval`."""
+"""What scored trajectories are worth, one by one, and the means of that: in training and in `tokenppo eval`."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ from core.trajectory import Trajectory
 class EvaluationRow:
     """One held-out response in numbers, under the names of summary.json.
 
-        EvaluationRow(ordinal=3, k=0, values={"reward/total": 4.5, "slot_error": None, "response/length_mean": 21.0, ...})
+        EvaluationRow(ordinal=3, k=0, values={"reward/total": 4.5, "slot_error": None, "response/length_mean": 21.0})
 
     None: the component does not apply to this response.
     """
@@ -31,11 +31,10 @@ def evaluation_rows(trajectories: list[Trajectory], components: dict[str, Reward
     rows = []
     for t in trajectories:
         raw = {name: float(t.component_rewards[name][t.action_mask].sum()) for name in components}
-        values: dict[str, float | None] = {
-            name_of(name, spec): raw[name] if t.component_mask[name].any() else None
-            for name, spec in components.items()
-        }
-        values["reward/total"] = sum(spec.last_weight * raw[name] for name, spec in components.items())
+        total = sum(spec.last_weight * raw[name] for name, spec in components.items())
+        values: dict[str, float | None] = {"reward/total": total}
+        for name, spec in components.items():
+            values[name_of(name, spec)] = raw[name] if t.component_mask[name].any() else None
         values["response/length_mean"] = float(t.action_mask.sum())
         values["response/truncated_frac"] = float(t.finish_reason == "length")
         rows.append(EvaluationRow(ordinal=t.request.ordinal, k=t.request.k, values=values))
