@@ -46,6 +46,7 @@ RUN: dict[str, str | Callable[[str], str]] = {
     r"(bash launch/test\.sh.*)": r"\1 tests/test_readme.py --collect-only -q",
     r"source (.*)": r"source \1 && tokenppo --help",
     r"(tokenppo train --help)": r"\1",
+    r"(tokenppo eval .*?) --require .*": r"\1 --require 'reward/total > -1000'",
     r"((?:tokenppo|python -m tokenppo|accelerate launch) .*)": lambda words: (
         small(words) if "train" in words else words
     ),
