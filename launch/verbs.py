@@ -106,7 +106,7 @@ def _eval_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompts", type=int, metavar="N", help="the first N prompts, default data.eval_prompts")
     parser.add_argument("--samples", type=int, default=1, metavar="N", help="answers to each prompt, default 1")
     parser.add_argument(
-        "--metric", metavar="NAME", help="who has more of this wins (-NAME: less); default run.best_metric"
+        "--metric", metavar="NAME", help="who has more of this wins (--metric=-NAME: less); default run.best_metric"
     )
     parser.add_argument("--by", metavar="COLUMN", help="the same by slices: for each value of this column of the data")
     parser.add_argument(

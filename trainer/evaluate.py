@@ -53,7 +53,7 @@ def evaluation_sums(rows: list[EvaluationRow], components: dict[str, RewardConfi
     for component, spec in components.items():
         name = name_of(component, spec)
         raw = [x for row in rows if (x := row.values[name]) is not None]
-        total += spec.last_weight * sum(raw)
+        total += spec.last_weight * sum(raw)  # over the rows' totals it would be this but for the last bits
         sums.add(f"eval/{name}", sum(raw), len(raw))
     sums.add("eval/reward/total", total, n)
     for name in ("response/length_mean", "response/truncated_frac"):
