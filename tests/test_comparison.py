@@ -62,10 +62,10 @@ def test_samples_of_a_prompt_are_one_number():
 
 def test_what_applies_to_some_prompts_is_compared_in_those_and_what_was_dropped_is_counted():
     mine = [answer(0, 1.0, polite=1.0), answer(1, 1.0, polite=None), answer(2, 1.0, polite=0.0)]
-    theirs = [answer(0, 1.0, polite=0.0), answer(1, 1.0, polite=1.0)]
+    theirs = [answer(2, 1.0, polite=0.75), answer(1, 1.0, polite=1.0)]
     got = reported(mine, theirs)
-    polite = got.whole.metrics["polite"]
-    assert (polite.policy.n, polite.against.n, polite.difference.n, polite.difference.value) == (2, 2, 1, 1.0)
+    polite = got.whole.metrics["polite"]  # prompt 2 has it of both, 0 and 1 of one alone
+    assert (polite.policy.n, polite.against.n, polite.difference.n, polite.difference.value) == (2, 2, 1, -0.75)
     assert got.samples_dropped == {"policy": 0, "against": 1}
     assert "1 samples of old have no reward" in to_text(got, [])
     assert "polite" not in reported([answer(0, 1.0, polite=None)]).whole.metrics
@@ -129,13 +129,18 @@ def test_text_of_a_policy_cannot_move_the_cursor():
     assert "\x1b" not in page
 
 
-def test_rows_and_means_are_of_the_same_numbers():
-    """The row of a response is what training sums up: weights that a schedule ends with, None where nothing applies."""
-    cfg = conformance.configured()
-    t = [conformance.trajectory(i, [1], list(range(5, 8 + i))) for i in range(3)]
-    rows, means = evaluation_rows(t, cfg.rewards), evaluation_sums(evaluation_rows(t, cfg.rewards), cfg.rewards).means()
-    assert {f"eval/{name}" for name in rows[0].values} == set(means) == {f"eval/{n}" for n in cfg.evaluation_means}
-    for name, value in means.items():
-        of_rows = [row.values[name.removeprefix("eval/")] for row in rows]
-        assert value == pytest.approx(np.mean([x for x in of_rows if x is not None]))
-    assert [(row.ordinal, row.k) for row in rows] == [(0, 0), (1, 0), (2, 0)]
+def test_the_row_of_a_response_by_hand_and_the_means_of_training_from_it():
+    """By the weights that a schedule ends with: 0.5 * 3 - 0.4 * 1 = 1.1 and 0.5 * 2 = 1. c is a metric, of one alone."""
+    cfg = conformance.configured(**{"rewards.a.weight": {0: 1.0, 10: 0.5}})
+    first = conformance.trajectory(
+        0, [1], [5, 6, 0], rewards={"a": [1, 2, 0], "b": [0, 0, 1]}, applies={"c": [False] * 3}
+    )
+    cut = conformance.trajectory(1, [1], [5, 6], cut=True, actions=[True, False], rewards={"a": [2, 0], "c": [0.5, 0]})
+    one, other = evaluation_rows([first, cut], cfg.rewards)
+    names = ["reward/total", "reward/a/raw", "reward/b/raw", "c", "response/length_mean", "response/truncated_frac"]
+    assert names == list(one.values) and set(names) == set(cfg.evaluation_means)
+    assert list(one.values.values()) == [pytest.approx(1.1), 3, 1, None, 3, 0]
+    assert list(other.values.values()) == [1, 2, 0, 0.5, 1, 1] and (other.ordinal, other.k) == (1, 0)
+    means = evaluation_sums([one, other], cfg.rewards).means()
+    want = [1.05, 2.5, 0.5, 0.5, 2, 0.5]
+    assert means == pytest.approx({f"eval/{name}": x for name, x in zip(names, want, strict=True)})
