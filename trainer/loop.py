@@ -27,7 +27,7 @@ from trainer import estimators, ppo, value_heads
 from trainer.ahead import Ahead
 from trainer.backlog import Backlog
 from trainer.batch import TrainBatch
-from trainer.evaluate import evaluation_sums
+from trainer.evaluate import evaluation_rows, evaluation_sums
 from trainer.learner import Learner
 from trainer.ranks import Ranks
 from trainer.run_log import RunLog
@@ -345,10 +345,20 @@ def evaluate(
     """Means over held-out prompts, one sample each, on the workers at `version` (None: as they loaded from disk)."""
     with ranks.together():
         requests = held_out.first(cfg.data.eval_prompts)
-        pending, _ = rollouts.start(requests, rewards.submit).result()
-        trajectories = rewards.collect(pending)
-        account(cfg, rollouts.share(requests), trajectories, version=version)
-    return evaluation_sums(trajectories, cfg.rewards).merge(ranks.sum_list).means()
+        trajectories = answers(cfg, requests, rollouts, rewards, version=version)
+    rows = evaluation_rows(trajectories, cfg.rewards)
+    return evaluation_sums(rows, cfg.rewards).merge(ranks.sum_list).means()
+
+
+def answers(
+    cfg: Config, requests: list[PromptRequest], rollouts: Rollouts, rewards: Rewards, *, version: int | None
+) -> list[Trajectory]:
+    """The scored responses of this rank to held-out prompts, by (ordinal, k). Waits and raises as `rollouts` and
+    `rewards` do, and as `account`."""
+    pending, _ = rollouts.start(requests, rewards.submit).result()
+    trajectories = rewards.collect(pending)
+    account(cfg, rollouts.share(requests), trajectories, version=version)
+    return trajectories
 
 
 def totals(batch: TrainBatch, ranks: Ranks) -> list[tuple[int, float]]:

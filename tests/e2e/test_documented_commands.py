@@ -51,6 +51,7 @@ RUN: dict[str, str | Callable[[str], str]] = {
     r"source (.*)": r"source \1 && tokenppo --help",
     r"(tokenppo train --help)": r"\1",
     r"(tokenppo report runs/demo) runs/calm (-o \S+)": r"\1 runs/demo \2",
+    r"(tokenppo eval .*?) --require .*": r"\1 --require 'reward/total > -1000'",
     r"((?:tokenppo|python -m tokenppo|accelerate launch) .*)": lambda words: (
         small(words) if "train" in words else words
     ),
