@@ -288,12 +288,12 @@ def update(
 
 
 def compare_weights(recorded: RecordedStep, digest: str, saved: Mapping[str, Tensor] | None, learner: Learner) -> Stage:
-    """Behind the step. `digest`: of what would be sent to workers now; `saved`: of the checkpoint of this step, if
-    there is one, which has the value function too."""
+    """Behind the step. `digest`: of what would be sent to workers now; `saved`: of the checkpoint of this step,
+    which has the value function too; None without one."""
     c = Comparison("weights")
     c.same("policy_digest", recorded.said["policy_digest"], digest)
     if saved is None:
-        c.note("of the policy alone: no checkpoint of this step has its value function")
+        c.note("of the policy, not of the value function: that is in the checkpoint of this step alone")
         return c.stage()
     for name, parameter in learner.policy.named_parameters():
         if name in saved:  # of tied ones one is
