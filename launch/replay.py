@@ -54,6 +54,7 @@ class Subject:
     whole: bool  # the ledger has all samples of the step
     row: dict[str, Any] | None  # of metrics.jsonl
     inputs: Stage
+    scores_on: str  # device of components that are models
     place: Path | None  # the checkpoint before the step; None: there is none, or the model of step 0
     no_weights: str | None  # why the policy before the step cannot be had
     why_not_exact: str | None  # None: the same bits are promised
@@ -108,10 +109,11 @@ def find(run: Path, step: int) -> Subject:
     begun = said[0]["config"]  # of all ranks the same
     overrides: dict[str, Any] = {"run.steps": begun["run"]["steps"]}  # a schedule spans them, and they may grow
     now = run_folder.flat(load(run / "config.yaml", overrides))
-    # How weights travelled does not matter here, and not every way is open to every machine.
-    overrides |= {"sync.transport": "object_store", "run.checks": False}
+    # Where workers sat and how weights travelled to them does not matter here, and is not open to every machine.
+    scores_on = "cuda" if torch.cuda.is_available() and now["resources.reward_gpus"] else "cpu"
+    overrides |= WITHOUT_GPUS | {"sync.transport": "object_store", "run.checks": False}
     if not torch.cuda.is_available():
-        overrides |= WITHOUT_GPUS
+        overrides["resources.device"] = "cpu"
     cfg = load(run / "config.yaml", overrides)
     recorded = RecordedStep.of(table, said, scored_reference=cfg.reference == "reward_server")
     c = Comparison("inputs", uids=recorded.uids)
@@ -129,6 +131,7 @@ def find(run: Path, step: int) -> Subject:
         whole=whole,
         row=row,
         inputs=inputs,
+        scores_on=scores_on,
         place=place,
         no_weights=no_weights,
         why_not_exact=_why_not_exact(cfg, recorded.said, whole),
@@ -254,11 +257,10 @@ def stages_of(subject: Subject, note: Callable[[str], None]) -> Iterator[Stage]:
 def _rewards(subject: Subject) -> Stage:
     """The stored responses, scored again in the chunks in which workers wrote them."""
     cfg, recorded = subject.cfg, subject.recorded
-    device = "cuda" if cfg.resources.reward_gpus else "cpu"
     tokenizer = functools.partial(load_tokenizer, cfg.model.path)
     scored: dict[str, Trajectory | str] = {}
     try:
-        server = RewardServer(cfg.rewards, tokenizer, device=device, reference=build.reference_spec(cfg))
+        server = RewardServer(cfg.rewards, tokenizer, device=subject.scores_on, reference=build.reference_spec(cfg))
         with closing(server):
             for at in range(0, len(recorded.trajectories), cfg.rollout.chunk_size):
                 chunk = [_unscored(t) for t in recorded.trajectories[at : at + cfg.rollout.chunk_size]]

@@ -157,8 +157,10 @@ def test_a_share_of_the_prompts_is_recorded_with_all_their_samples(tmp_path, tok
     cfg = cfg_of(0.3)
     chosen = [is_recorded(cfg, ordinal) for ordinal in range(4000)]
     assert 0.27 < np.mean(chosen) < 0.33
-    assert chosen != [is_recorded(cfg_of(0.3, **{"run.seed": 1}), ordinal) for ordinal in range(4000)]
-    assert all(is_recorded(cfg_of(0.6), o) for o in range(4000) if chosen[o])  # a larger share has the smaller one's
+    other = cfg_of(0.3, **{"run.seed": 1})
+    assert chosen != [is_recorded(other, ordinal) for ordinal in range(4000)]
+    larger = cfg_of(0.6)
+    assert all(is_recorded(larger, o) for o in range(4000) if chosen[o])  # a larger share has the smaller one's
     written(tmp_path, cfg, tokenizer, n=80)
     table, _ = ledger_table.read(tmp_path, 4)
     got = list(zip(table["ordinal"].to_pylist(), table["k"].to_pylist(), strict=True))

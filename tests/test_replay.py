@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import replay_run as made
+import tiny_models
 from core import ledger_table
 from core.faults import InvariantFault, StorageFault, UserError
 from launch.replay import find, lines_of, replay_run, verdict
@@ -226,6 +227,20 @@ def test_without_the_checkpoint_what_needs_no_weights_is_done(run, capsys):
     assert (
         "--run.save_every 1" in said["weights"]["notes"][0] and "--run.keep_checkpoints" in said["weights"]["notes"][0]
     )
+
+
+def test_a_checkpoint_of_shards_or_of_another_model_is_no_policy_here(run, capsys):
+    place = run / "checkpoints" / "step-1"
+    state = json.loads((place / "state.json").read_text())
+    (place / "state.json").write_text(json.dumps(state | {"engine": "DEEPSPEED", "ranks": 4}))
+    made.seal(run, 1)
+    said = replayed(capsys, run)
+    assert differing(said) == [] and "4 processes as DEEPSPEED" in said["weights"]["notes"][0]
+    tiny_models.save_model(run.parent / "other", "llama-tied")
+    made.edit_config(run, "model.path", str(run.parent / "other"))
+    said = replayed(capsys, run, 3)
+    assert "does not fit model.path" in said["log-probs and values"]["notes"][0]
+    assert said["inputs"]["verdict"] == "equal" and said["inputs"]["notes"][0].startswith("model.path = ")
 
 
 def test_a_ledger_that_lost_a_row(run, capsys):
