@@ -285,7 +285,7 @@ VERBS = (  # in the order in which one needs them
     Verb(
         name="replay",
         help="compute a step of a run again and say which stage of it differs, if any",
-        examples=("tokenppo replay runs/recorded --step 1", "tokenppo replay runs/recorded --step 12 --json"),
+        examples=("tokenppo replay runs/exact --step 1", "tokenppo replay runs/exact --step 30 --json"),
         arguments=_replay_arguments,
         do=_replay,
     ),

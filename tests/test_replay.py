@@ -365,7 +365,10 @@ def test_a_tolerance_is_of_one_or_of_the_number():
     c.number("loss", None, math.nan)
     c.number("loss", 1.0, 1.0)
     assert c.stage().verdict == "equal" and c.stage().compared == 2
-    assert Tolerances() == Tolerances(scores=0, arithmetic=0, forward=0, update=0)
+    c = Comparison("s", 1.0)
+    c.number("loss", 0.5, 0.6, 0.05)
+    assert c.stage().verdict == "differs" and c.stage().first == First(what="loss", recorded=0.5, replayed=0.6)
+    assert Tolerances() == Tolerances(scores=0, arithmetic=0, forward=0, update=0, means=0)
     assert Tolerances.of("bfloat16").forward > Tolerances.of("float32").forward
 
 
