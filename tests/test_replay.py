@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import test_ledger
 import torch
 
 import replay_run as made
@@ -334,6 +335,21 @@ def test_the_record_is_what_the_loop_had(original):
         assert not recorded.numbers["advantages"][i, n:].any()
         assert recorded.weighted["brevity"][i, :n].tolist() == dict(row["weighted"])["brevity"]
         assert recorded.numbers["clipped"][i, :n].bool().tolist() == row["clipped"]
+
+
+def test_tokens_of_an_environment_have_no_numbers(tmp_path):
+    """The second token of every other response is one's; a random number stands in every other place."""
+    rows, batch, combined, new = test_ledger.written(tmp_path, test_ledger.cfg_of(), tiny_models.make_tokenizer())
+    recorded = RecordedStep.of(*ledger_table.read(tmp_path, 4), scored_reference=True)
+    mask = batch.response_mask
+    assert not mask[:, 1].all() and torch.equal(recorded.batch.response_mask, mask)
+    for name, x in {"advantages": batch.advantages, "new_logprobs": new, "ref_logprobs": batch.ref_logprobs}.items():
+        assert torch.equal(recorded.numbers[name], torch.where(mask, x, 0.0)), name
+    for name, x in combined.normalized.items():
+        assert torch.equal(recorded.normalized[name], torch.where(mask, x.float(), 0.0)), name
+    assert torch.equal(recorded.batch.ref_logprobs, recorded.numbers["ref_logprobs"])
+    assert recorded.bootstrap_values.tolist() == batch.bootstrap_values.tolist()
+    assert [t.request.sample_uid for t in rows] == recorded.uids
 
 
 def of(recorded, replayed, tolerance=0.0, mask=None) -> Stage:
