@@ -314,7 +314,8 @@ def _train(
             diagnosis=diagnosis,
             alert=trackers.alert,
         )
-    ledger = Ledger(cfg, folder, job.tokenizer, note, rank=ranks.index, ranks=ranks.size)
+    device = job.accelerator.device.type
+    ledger = Ledger(cfg, folder, job.tokenizer, note, rank=ranks.index, ranks=ranks.size, device=device)
     parts.callback(ledger.close)
     gallery = Gallery(cfg, job.tokenizer, ranks, trackers.show if trackers else None)
     with log:

@@ -196,6 +196,21 @@ def _report(args: argparse.Namespace) -> int:
     return 0
 
 
+def _replay_arguments(parser: argparse.ArgumentParser) -> None:
+    _run(parser)
+    parser.add_argument("--step", type=int, metavar="N", required=True, help="of the ledger, from 1")
+    parser.add_argument("--json", action="store_true", help="the stages as one JSON object")
+
+
+def _replay(args: argparse.Namespace) -> int:
+    from launch.cluster import prepare_environment
+
+    prepare_environment()  # keeps libraries quiet, and is read when they are imported
+    from launch.replay import replay_run
+
+    return replay_run(args.run, args.step, as_json=args.json)
+
+
 def _export_arguments(parser: argparse.ArgumentParser) -> None:
     _run(parser)
     parser.add_argument("out", metavar="OUT", help="folder to write; it must not exist")
@@ -345,6 +360,13 @@ VERBS = (  # in the order in which one needs them
         examples=("tokenppo report runs/demo", "tokenppo report runs/demo runs/calm -o compared.html"),
         arguments=_report_arguments,
         do=_report,
+    ),
+    Verb(
+        name="replay",
+        help="compute a step of a run again and say which stage of it differs, if any",
+        examples=("tokenppo replay runs/exact --step 1", "tokenppo replay runs/exact --step 30 --json"),
+        arguments=_replay_arguments,
+        do=_replay,
     ),
     Verb(
         name="export",

@@ -95,6 +95,7 @@ class Recorder(Protocol):
         weights: dict[str, float],
         before: dict[str, Any],
         credit: dict[str, float],
+        policy_digest: str | None = None,
     ) -> None:
         """Keep what a step was, token by token; waits for nothing."""
         ...
@@ -114,6 +115,8 @@ class Looks(Protocol):
 
 
 class Publisher(Protocol):
+    digest: str | None  # of the weights that were published last, where this rank knows it
+
     def publish(self, version: int) -> None: ...
 
 
@@ -213,8 +216,9 @@ def train(
         with log.time("sync"):
             publisher.publish(step)
         with log.time("log"):
-            ledger.record(step, batch, trajectories, combined, learner.new_logprobs, weights, before, credit_means)
-            gallery.record(step, batch, trajectories, combined, learner.new_logprobs)
+            new, digest = learner.new_logprobs, publisher.digest
+            ledger.record(step, batch, trajectories, combined, new, weights, before, credit_means, digest)
+            gallery.record(step, batch, trajectories, combined, new)
 
         means = rollout_sums(batch, combined, trajectories, version=step - 1).merge(ranks.sum_list).means()
         means |= policy_means | credit_means | update_means | {"objective/kl_coef": state.kl.coef}

@@ -52,6 +52,7 @@ RUN: dict[str, str | Callable[[str], str]] = {
     r"(tokenppo train --help)": r"\1",
     r"(tokenppo report runs/demo) runs/calm (-o \S+)": r"\1 runs/demo \2",
     r"(tokenppo eval .*?) --require .*": r"\1 --require 'reward/total > -1000'",
+    r"(tokenppo replay .*) --step \d+": r"\1 --step 1",
     r"((?:tokenppo|python -m tokenppo|accelerate launch) .*)": lambda words: (
         small(words) if "train" in words else words
     ),
@@ -134,6 +135,10 @@ def test_a_documented_command_works(command: Command, folder):
         assert demo.returncode == 0, demo.stdout + demo.stderr
     if "reweight runs/recorded" in line:
         assert (folder / "runs" / "recorded" / "ledger").is_dir(), "the command that makes this run comes before it"
+    if "replay runs/exact" in line and not (folder / "runs" / "exact").exists():
+        (train,) = [c.text for c in HERE if "train" in c.text and "--run.name exact " in c.text]
+        exact = shell(small(train), folder)
+        assert exact.returncode == 0, exact.stdout + exact.stderr
     if "configs/calculator.yaml" in line and not (folder / "runs" / "calculator-task").exists():
         task = shell("python examples/calculator/make.py --steps 20", folder)
         assert task.returncode == 0, task.stdout + task.stderr
