@@ -6,10 +6,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-import test_ledger
 import torch
 
 import replay_run as made
+import test_ledger
 import tiny_models
 from core import ledger_table
 from core.faults import InvariantFault, StorageFault, UserError
