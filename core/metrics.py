@@ -9,7 +9,7 @@ MLflow's file store). `docs/metrics.md` is this table:
 import difflib
 import hashlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -462,12 +462,35 @@ SECTIONS: dict[str, tuple[Metric, ...]] = {
     ),
 }
 
+# To trackers alone, every log.samples_every steps; over the batch of all ranks. name -> what is counted.
+HISTOGRAMS: dict[str, str] = {
+    "histogram/reward_total": "reward/total of each response.",
+    "histogram/response_length": "Tokens that the policy produced, of each response.",
+    "histogram/token_rewards": "Reward of each token: what GAE reads, before ppo.scale_rewards and KL.",
+    "histogram/advantages": "Advantage of each token, as the policy loss reads it: after whitening.",
+    "histogram/values": "Value of the state before each token, from before the update.",
+    "histogram/ratio": "Ratio of each token in the last pass over the batch, when its turn came.",
+}
+
 METRICS: dict[str, Metric] = {row.name: row for rows in SECTIONS.values() for row in rows}
 
 _CLOSED = {
     "<phase>": PHASES,
     "<counter>": COUNTERS,
 }  # the component is the user's to name; phases and counters are ours
+
+
+def charts(components: Iterable[str]) -> dict[str, dict[str, list[str]]]:
+    """Section -> row -> the names that it stands for in a run with these components: what belongs into one chart."""
+    holes: dict[str, Iterable[str]] = {"<component>": list(components), **_CLOSED}
+
+    def names(row: Metric) -> list[str]:
+        hole = next((hole for hole in holes if hole in row.name), None)
+        return [row.name.replace(hole, segment) for segment in holes[hole]] if hole else [row.name]
+
+    return {title: {row.name: names(row) for row in rows} for title, rows in SECTIONS.items()}
+
+
 _SHARES = re.compile(r".*_(error|frac|rate)")
 
 
@@ -542,6 +565,11 @@ def markdown() -> str:
             if any(placeholder in row.name for row in rows):
                 lines += ["", f"| `{placeholder}` | meaning |", "|---|---|"]
                 lines += [f"| `{name}` | {meaning} |" for name, meaning in choices.items()]
+    lines += ["", "## Look at it", ""]
+    lines += [
+        "Trackers also get histograms, over the batch of all ranks, and a few responses ([trackers.md](trackers.md))."
+    ]
+    lines += ["", "| name | counts |", "|---|---|", *(f"| `{name}` | {text} |" for name, text in HISTOGRAMS.items())]
     return "\n".join(lines) + "\n"
 
 

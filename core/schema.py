@@ -458,6 +458,21 @@ class LogConfig(Section):
     ledger: float = Field(0.1, ge=0, le=1)
     """Share of the prompts whose responses are recorded token by token, every number of each (docs/ledger.md). 0: none;
     1: all, which replays want."""
+    samples_every: int = Field(10, ge=0)
+    """Steps between two looks at responses: trackers get a few of them, each token in the colour of its reward, and
+    histograms (docs/trackers.md). 0: never."""
+    samples: int = Field(4, ge=1, le=64)
+    """How many responses a look has: the lowest reward, the highest, and those evenly between."""
+    peer_names: Literal["none", "trl", "openrlhf", "verl"] = "none"
+    """Trackers get what means the very same under the name of another trainer too, for dashboards that are there."""
+    artifacts: list[Literal["record", "final", "best", "checkpoints"]] = ["record"]
+    """What W&B keeps as files of a run besides its numbers: settings, metrics.jsonl and report (record), the model, the
+    best one, each checkpoint. Models are large and are uploaded whole."""
+
+    @property
+    def looks(self) -> bool:
+        """Whether anybody is to look at responses."""
+        return bool(self.samples_every and self.trackers)
 
 
 class ResourcesConfig(Section):

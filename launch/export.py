@@ -150,7 +150,7 @@ def _rewards(cfg: Config) -> list[str]:
 
 def _settings(cfg: Config) -> dict[str, Any]:
     """Flat key -> value of all that is not as it is by default; no secret, and of a path its last part."""
-    from launch.trackers import shown  # seconds of imports
+    from launch.shown import shown  # seconds of imports
 
     defaults = {key: json.dumps(default, default=str) for key, (_, default, _) in leaf_keys().items()}
     for name in cfg.rewards:

@@ -184,6 +184,33 @@ def _reweight(args: argparse.Namespace) -> int:
     return main(args)
 
 
+def _report_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="path of a run folder; several are compared")
+    parser.add_argument("-o", metavar="FILE.html", type=Path, help="default RUN/report.html, of one run")
+
+
+def _report(args: argparse.Namespace) -> int:
+    from launch.report.render import write
+
+    print(write(args.runs, args.o))
+    return 0
+
+
+def _replay_arguments(parser: argparse.ArgumentParser) -> None:
+    _run(parser)
+    parser.add_argument("--step", type=int, metavar="N", required=True, help="of the ledger, from 1")
+    parser.add_argument("--json", action="store_true", help="the stages as one JSON object")
+
+
+def _replay(args: argparse.Namespace) -> int:
+    from launch.cluster import prepare_environment
+
+    prepare_environment()  # keeps libraries quiet, and is read when they are imported
+    from launch.replay import replay_run
+
+    return replay_run(args.run, args.step, as_json=args.json)
+
+
 def _export_arguments(parser: argparse.ArgumentParser) -> None:
     _run(parser)
     parser.add_argument("out", metavar="OUT", help="folder to write; it must not exist")
@@ -241,6 +268,31 @@ def _health(args: argparse.Namespace) -> int:
     return 0
 
 
+def _sweep_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", metavar="F", type=Path, required=True, help="what all trials have in common")
+    parser.add_argument(
+        "--grid", metavar="KEY=V,V", action="append", required=True, help="values of a key; may be given several times"
+    )
+    parser.add_argument("-o", "--out", metavar="FOLDER", type=Path, required=True, help="of the trials' run folders")
+    parser.add_argument("--metric", metavar="NAME", help="of docs/metrics.md, default that of run.best_metric")
+    parser.add_argument("--lowest", action="store_true", help="the lower the metric the better")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="trials at a time, default 1")
+    parser.add_argument(
+        "--gpus", type=float, default=0.0, metavar="N", help="GPUs that Ray gives each trial, default 0"
+    )
+    parser.add_argument("--json", action="store_true", help="the outcomes as one JSON object")
+    parser.add_argument("rest", metavar="-- OPTIONS", nargs="*", help="more options of tokenppo train, for all trials")
+
+
+def _sweep(args: argparse.Namespace) -> int:
+    from launch.cluster import prepare_environment
+
+    prepare_environment()
+    from launch.sweep import main
+
+    return main(args)
+
+
 VERBS = (  # in the order in which one needs them
     Verb(
         name="check-reward",
@@ -258,6 +310,17 @@ VERBS = (  # in the order in which one needs them
         examples=("tokenppo watch runs/demo", "tokenppo watch runs/demo --once"),
         arguments=_watch_arguments,
         do=_watch,
+    ),
+    Verb(
+        name="sweep",
+        help="train once for each combination of settings, and compare",
+        examples=(
+            "tokenppo sweep --config configs/cards.yaml --grid optim.lr=3e-4,1e-3 -o runs/lr -- --run.steps 8",
+            "tokenppo sweep --config configs/cards.yaml --grid rewards.quality.weight=0.5,1,2 --metric eval/slot_error"
+            " --lowest -o runs/weights",
+        ),
+        arguments=_sweep_arguments,
+        do=_sweep,
     ),
     Verb(
         name="sample",
@@ -290,6 +353,20 @@ VERBS = (  # in the order in which one needs them
         arguments=_reweight_arguments,
         do=_reweight,
         overrides=True,
+    ),
+    Verb(
+        name="report",
+        help="write a page on runs, at work or over: did they learn, curves, each token's numbers, what went wrong",
+        examples=("tokenppo report runs/demo", "tokenppo report runs/demo runs/calm -o compared.html"),
+        arguments=_report_arguments,
+        do=_report,
+    ),
+    Verb(
+        name="replay",
+        help="compute a step of a run again and say which stage of it differs, if any",
+        examples=("tokenppo replay runs/exact --step 1", "tokenppo replay runs/exact --step 30 --json"),
+        arguments=_replay_arguments,
+        do=_replay,
     ),
     Verb(
         name="export",

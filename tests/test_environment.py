@@ -18,7 +18,7 @@ from core import config
 from core.faults import EnvironmentFault, UserError
 from launch import environment as named
 from launch.build import environment_spec
-from launch.trackers import shown
+from launch.shown import shown
 from rollout.environment import ROOT, EnvironmentProcess, EnvironmentSpec
 
 SOURCE = """

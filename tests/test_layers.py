@@ -35,7 +35,8 @@ VENDORS = {
         "launch/",
     ),
     "vllm": ("rollout/engines/vllm_engine.py",),
-    "wandb": ("trainer/run_log.py",),
+    "wandb": ("launch/wandb_tracker.py", "launch/wandb_view.py"),
+    "wandb_workspaces": ("launch/wandb_view.py",),
 }
 SOURCES = sorted(path for package in MAY_IMPORT for path in (ROOT / package).rglob("*.py"))
 

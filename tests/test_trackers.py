@@ -6,122 +6,26 @@ import pty
 import signal
 import subprocess
 import sys
-from pathlib import Path
+import time
+from threading import Event
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from core.diagnosis import Verdict
 from core.schema import Config
 from launch import trackers as module
-from launch.trackers import HIDDEN, Trackers, logged_in, shown
-from tests import wandb_file
-from trainer.run_log import RunLog
-
-ROOT = Path(__file__).parents[1]
-
-JOB = """
-import json, os, signal, sys, time
-from pathlib import Path
-from accelerate import PartialState
-from core.diagnosis import Diagnosis, Facts
-from core.schema import Config
-from launch import run_folder
-from launch import trackers as module
+from launch.shown import HIDDEN, shown
 from launch.trackers import Trackers
-from trainer.run_log import RunLog
-
-job = json.loads(sys.argv[1])
-PartialState(cpu=True)
-module.CLOSE_S = job.get("close_s", module.CLOSE_S)
-module.INIT_S = job.get("init_s", module.INIT_S)
-cfg, folder = Config(**job["cfg"]), Path(job["folder"])
-print("wandb loaded:", "wandb" in sys.modules)
-trackers = Trackers.open(
-    cfg, folder, ids=job.get("ids", {}), resumed_from=job.get("resumed_from"), note=lambda text: print("note:", text)
-)
-print("ids:", json.dumps(trackers.ids))
-if job.get("resumed_from") is not None:
-    run_folder.drop_after(folder, job["resumed_from"])
-with RunLog(
-    folder, total_steps=9, trackers=trackers, diagnosis=Diagnosis(Facts()), alert=trackers.alert
-) as log:
-    log.baseline({"eval/reward/total": 9.0})
-    for step in job["steps"]:
-        row = {"reward/total": step / 4, "eval/reward/total": -float(step), "faults/tracker_errors": step}
-        log.step(step, row | job.get("rows", {}).get(str(step), {}))
-    if job.get("die"):
-        from tests import wandb_file
-        (file,) = wandb_file.files(folder)
-        while len(wandb_file.read(file).rows) < 1 + len(job["steps"]):
-            time.sleep(0.05)
-        os.kill(os.getpid(), signal.SIGKILL)
-    if job.get("freeze"):
-        import psutil
-        core = [p for p in psutil.Process().children() if p.name().startswith("wandb-core")]
-        assert len(core) == 1
-        core[0].suspend()
-trackers.close(job.get("exit", 0))
-trackers.close(0)
-print("closed; wandb loaded:", "wandb" in sys.modules)
-"""
-
-
-def settings(folder: Path, *names: str, **options) -> dict:
-    return {
-        "model": {"path": "m"},
-        "data": {"path": "d.jsonl"},
-        "rewards": {"quality": {"fn": "mine:quality", "options": options}},
-        "log": {"trackers": list(names), "project": "tests"},
-        "run": {"name": folder.name, "dir": str(folder.parent)},
-    }
+from launch.wandb_tracker import logged_in
+from tests import exhibits, wandb_file
+from tests.tracker_job import JOB, ROOT, ids, jobs_in, notes, scalars, settings, steps
+from trainer.run_log import AlreadySaid, RunLog
 
 
 @pytest.fixture
 def job(tmp_path):
-    """Runs one process to its end, in a home of its own, with standard input closed."""
-    home = tmp_path / "home"
-    temporary = tmp_path / "tmp"
-    for made in (home, temporary, tmp_path / "cwd", tmp_path / "a-run"):
-        made.mkdir()
-
-    def run(*names, env=None, options=None, returncode=0, argv=(), **spec):
-        spec |= {"cfg": settings(tmp_path / "a-run", *names, **(options or {})), "folder": str(tmp_path / "a-run")}
-        clean = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_") and k != "NETRC"}
-        clean |= {"HOME": str(home), "TMPDIR": str(temporary), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        for name in ("XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME"):
-            clean.pop(name, None)
-        done = subprocess.run(
-            [sys.executable, "-P", "-c", JOB, json.dumps(spec), *argv],
-            env=clean | (env or {}),
-            cwd=tmp_path / "cwd",
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
-        assert done.returncode == returncode, done.stdout + done.stderr
-        return done
-
-    run.folder, run.home, run.temporary, run.cwd = tmp_path / "a-run", home, temporary, tmp_path / "cwd"
-    return run
-
-
-def notes(done) -> list[str]:
-    return [line for line in done.stdout.splitlines() if line.startswith("note:")]
-
-
-def ids(done) -> dict[str, str]:
-    return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("ids:"))[4:])
-
-
-def steps(recorded) -> list[int]:
-    return [row["_step"] for row in recorded.rows]
-
-
-def scalars(folder: Path, name: str) -> list[tuple[int, float]]:
-    reader = EventAccumulator(str(folder / "tests"), size_guidance={"scalars": 0})
-    reader.Reload()
-    return [(event.step, event.value) for event in reader.Scalars(name)]
+    return jobs_in(tmp_path)
 
 
 def test_one_run_offline_without_a_login_asks_nothing_and_is_all_there(job):
@@ -239,6 +143,14 @@ def test_a_service_that_does_not_answer_costs_the_deadline_and_no_more(job):
     assert [step for step, _ in scalars(job.folder, "reward/total")] == [1, 2]
 
 
+def test_a_service_that_hangs_costs_the_loop_nothing(job):
+    """What waits for W&B's own process is its thread; what finds no room is counted, and TensorBoard has it all."""
+    done = job("wandb", "tensorboard", steps=[1], freeze=True, more=3000, room=2000, close_s=2.0)
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("frozen for")]
+    assert float(line.split()[-1]) < 60  # 3000 rows of a file and of TensorBoard; of W&B's deadlines none is shorter
+    assert [step for step, _ in scalars(job.folder, "reward/total")] == list(range(1, 3002))
+
+
 def test_without_a_login_a_terminal_is_not_asked_either(job, tmp_path):
     """Standard input, output and error are a terminal on which nobody types."""
     spec = {"cfg": settings(job.folder, "wandb"), "folder": str(job.folder), "steps": [1]}
@@ -286,7 +198,7 @@ class Broken:
 
 class Works(Broken):
     def __init__(self):
-        self.got = []
+        self.got, self.closed = [], None
 
     def log(self, values, step):
         self.got.append(step)
@@ -309,9 +221,69 @@ def test_one_that_fails_keeps_no_other_from_its_values_and_is_said_once(tmp_path
     assert said == ["warning: wandb failed at step 1, training goes on without it: ConnectionError: no route to host"]
 
 
-def test_a_tracker_that_hangs_in_close_does_not_keep_the_next_from_closing(monkeypatch):
-    from threading import Event
+class Slow(Works):
+    """Sends nothing before it may."""
 
+    def __init__(self):
+        super().__init__()
+        self.may = Event()
+
+    def log(self, values, step):
+        assert self.may.wait(30)
+        super().log(values, step)
+
+    def show(self, exhibit):
+        self.got.append(exhibit)
+
+    def alert(self, verdict):
+        self.got.append(verdict)
+
+
+def test_nothing_waits_for_a_slow_tracker_and_its_order_is_kept():
+    slow, said = Slow(), []
+    behind = module._Behind(slow, lambda what, error: said.append(what))
+    began = time.monotonic()
+    for step in (1, 2, 3):
+        behind.show(exhibits.exhibit(step))
+        behind.log({}, step)
+        behind.alert(Verdict("rule", step, "loss/policy", 1.0, 0.5, "title", "remedy"))
+    assert time.monotonic() - began < 5 and len(slow.got) <= 1
+    slow.may.set()
+    behind.close(4)
+    kinds = [(type(x).__name__, x if isinstance(x, int) else x.step) for x in slow.got]
+    assert kinds == [(kind, step) for step in (1, 2, 3) for kind in ("Exhibit", "int", "Verdict")]
+    assert slow.closed == 4 and said == []
+
+
+def test_what_finds_no_room_is_said_and_counted(monkeypatch, tmp_path):
+    monkeypatch.setattr(module, "ROOM", 3)
+    slow, said = Slow(), []
+    trackers = Trackers(ids={}, resumed_from=None, note=said.append)
+    trackers._open = {"wandb": module._Behind(slow, lambda what, error: trackers._say("wandb", what, error))}
+    with RunLog(tmp_path, total_steps=9, trackers=trackers) as log:
+        for step in range(1, 10):
+            log.step(step, {"faults/tracker_errors": 0})
+        slow.may.set()
+        trackers.close(0)
+        missed = 9 - len(slow.got)
+        assert 4 <= missed <= 6 and log._tracker_errors == missed
+    assert len(said) == 1 and "things before it are waiting to be sent" in said[0]
+
+
+def test_what_fails_behind_is_counted_with_the_next_step():
+    said = []
+    trackers = Trackers(ids={}, resumed_from=None, note=said.append)
+    behind = module._Behind(Broken(), lambda what, error: trackers._say("wandb", what, error))
+    trackers._open = {"wandb": behind}
+    trackers({}, 1)
+    while not behind._missed:
+        time.sleep(0.001)
+    with pytest.raises(AlreadySaid):
+        trackers({}, 2)
+    assert said == ["warning: wandb failed at step 1, training goes on without it: ConnectionError: no route to host"]
+
+
+def test_a_tracker_that_hangs_in_close_does_not_keep_the_next_from_closing(monkeypatch):
     monkeypatch.setattr(module, "CLOSE_S", 0.2)
     said, works, hangs = [], Works(), Works()
     never = Event()

@@ -32,6 +32,7 @@ class Recorded:
     metrics: dict[str, Any] = field(default_factory=dict)  # name or glob -> MetricRecord
     summary: dict[str, Any] = field(default_factory=dict)
     alerts: list[tuple[str, str]] = field(default_factory=list)  # title and text
+    artifacts: list[Any] = field(default_factory=list)  # ArtifactRecord, each version that was logged by itself
     exit_code: int | None = None  # None: the process ended without a word
 
 
@@ -89,6 +90,10 @@ def read(path: Path) -> Recorded:
                     _merge(found.summary, item)
             case "alert":
                 found.alerts.append((record.alert.title, record.alert.text))
+            case "artifact":
+                found.artifacts.append(record.artifact)
+            case "request" if record.request.WhichOneof("request_type") == "log_artifact":
+                found.artifacts.append(record.request.log_artifact.artifact)
             case "exit":
                 found.exit_code = record.exit.exit_code
     return found

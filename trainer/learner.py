@@ -274,7 +274,7 @@ class Learner:
         self._optimizer_steps = self._schedule_at(self.step)
         self._first_ratio_error = None
         self.new_logprobs = None
-        if self.cfg.log.ledger:
+        if self.cfg.log.ledger or self.cfg.log.looks:
             self.new_logprobs = torch.zeros(batch.response_mask.shape, device=self.device)
         for epoch in range(cfg.ppo_epochs):
             of_epoch: list[dict[str, Tensor]] = []

@@ -95,12 +95,28 @@ class Recorder(Protocol):
         weights: dict[str, float],
         before: dict[str, Any],
         credit: dict[str, float],
+        policy_digest: str | None = None,
     ) -> None:
         """Keep what a step was, token by token; waits for nothing."""
         ...
 
 
+class Looks(Protocol):
+    def record(
+        self,
+        step: int,
+        batch: TrainBatch,
+        trajectories: list[Trajectory],
+        combined: Combined,
+        new_logprobs: Tensor | None,
+    ) -> None:
+        """Hand over what people look at, where the step is one of those; waits for the other ranks alone."""
+        ...
+
+
 class Publisher(Protocol):
+    digest: str | None  # of the weights that were published last, where this rank knows it
+
     def publish(self, version: int) -> None: ...
 
 
@@ -142,6 +158,7 @@ def train(
     log: RunLog,
     state: TrainState,
     ledger: Recorder,
+    gallery: Looks,
     on_eval: Callable[[int, dict[str, float]], None],
     on_step: Callable[[int, dict[str, float], list[str], dict[str, Any]], bool],
 ) -> None:
@@ -199,7 +216,9 @@ def train(
         with log.time("sync"):
             publisher.publish(step)
         with log.time("log"):
-            ledger.record(step, batch, trajectories, combined, learner.new_logprobs, weights, before, credit_means)
+            new, digest = learner.new_logprobs, publisher.digest
+            ledger.record(step, batch, trajectories, combined, new, weights, before, credit_means, digest)
+            gallery.record(step, batch, trajectories, combined, new)
 
         means = rollout_sums(batch, combined, trajectories, version=step - 1).merge(ranks.sum_list).means()
         means |= policy_means | credit_means | update_means | {"objective/kl_coef": state.kl.coef}

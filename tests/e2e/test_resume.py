@@ -42,7 +42,7 @@ rewards:
   brevity: {{fn: rewards.py:brevity, weight: 0.5, options: {{scale: 0.01}}}}
 ppo: {{mini_batch_size: 8, micro_batch_size: 4, target_kl: 0.5, kl_horizon: 64}}
 optim: {{lr: 0.001, warmup_frac: 0.2, schedule: cosine}}
-log: {{trackers: [tensorboard, wandb]}}
+log: {{trackers: [tensorboard, wandb], samples_every: 2, peer_names: verl}}
 run: {{steps: {STEPS}, eval_every: 2, save_every: 1, deterministic: true}}
 """
     )
@@ -111,8 +111,11 @@ def test_trackers_go_on_under_the_same_id_with_each_step_once(whole, resumed):
     assert len(files) == 2 and len({run.run_id for run in recorded}) == 1
     steps = [row["step"] for run in recorded for row in run.rows]
     assert steps == sorted(set(steps)) and steps[-1] == STEPS
-    names = {name for run in recorded for row in run.rows for name in row if not name.startswith("_")}
+    rows = [row for run in recorded for row in run.rows]
+    names = {name for row in rows for name in row if not name.startswith("_")}
     assert set(again.rows()[-1]) - {"timestamp"} <= names
+    assert [row["step"] for row in rows if "samples._type" in row] == list(range(2, STEPS + 1, 2))
+    assert all(row["critic/score/mean"] == row["reward/total"] for row in rows if row["step"])
     events = EventAccumulator(str(again.folder / "tokenppo"))
     events.Reload()
     assert [e.step for e in events.Scalars("reward/total")] == list(range(1, STEPS + 1))
@@ -238,8 +241,11 @@ def test_two_learner_processes_have_one_wandb_run_and_one_writer(task, tmp_path)
     several = start(task, tmp_path / "r", "--accelerate", "ddp", "--run.steps", "2")
     assert several.end(240) == 0, several.words()
     (file,) = wandb_file.files(several.folder)
-    steps = [row["step"] for row in wandb_file.read(file).rows]
-    assert steps == [0, 1, 2]
+    rows = wandb_file.read(file).rows
+    assert [row["step"] for row in rows] == [0, 1, 2]
+    assert sum(rows[2]["histogram/response_length.values"]) == 16  # the whole batch, of which rank 0 has a half
+    tokens = sum(rows[2]["histogram/ratio.values"])
+    assert tokens == round(16 * several.rows()[1]["response/length_mean"])
     assert len([p for p in (several.folder / "tokenppo").rglob("events*")]) == 1
 
 
