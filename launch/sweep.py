@@ -208,6 +208,7 @@ def run_trials(trials: list[Trial], folder: Path, jobs: int, gpus: float) -> dic
             results = tuner.fit()
         except KeyboardInterrupt:
             _interrupt_trials(folder)
+            _tell(f"{folder}: interrupted; the same command goes on from the last checkpoints")
             raise
     ended = {}
     for i in range(len(results)):
