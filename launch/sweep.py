@@ -17,6 +17,7 @@ import hashlib
 import importlib.util
 import itertools
 import json
+import logging
 import os
 import re
 import signal
@@ -180,8 +181,9 @@ def run_trials(trials: list[Trial], folder: Path, jobs: int, gpus: float) -> dic
     # Read when Tune is imported: no events for TensorBoard of its own, the folder stays, and Ctrl-C is ours.
     os.environ |= {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "RAY_CHDIR_TO_TRIAL_DIR": "0"}
     os.environ |= {"TUNE_DISABLE_SIGINT_HANDLER": "1", "RAY_AIR_NEW_OUTPUT": "0"}
-    own = sorted(os.environ)
-    with cluster.ray_session(trials[0].cfg):
+    own, ended = sorted(os.environ), {}
+    logging.getLogger("ray.tune").setLevel(logging.ERROR)  # it misses the files of the loggers that are off
+    with cluster.ray_session(trials[0].cfg, log_to_driver=False):
         from ray import tune
 
         class Tell(tune.Callback):
@@ -189,7 +191,8 @@ def run_trials(trials: list[Trial], folder: Path, jobs: int, gpus: float) -> dic
                 _tell(f"{trial.config['trial']}: begins")
 
             def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-                _tell(f"{trial.config['trial']}: ended with exit code {trial.last_result.get('exit')}")
+                ended[trial.config["trial"]] = code = trial.last_result["exit"]
+                _tell(f"{trial.config['trial']}: ended with exit code {code}")
 
             def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
                 _tell(f"{trial.config['trial']}: its process was lost")
@@ -205,15 +208,11 @@ def run_trials(trials: list[Trial], folder: Path, jobs: int, gpus: float) -> dic
             run_config=tune.RunConfig(name="tune", storage_path=str(folder / ".tune"), verbose=0, callbacks=[Tell()]),
         )
         try:
-            results = tuner.fit()
+            tuner.fit()
         except KeyboardInterrupt:
             _interrupt_trials(folder)
             _tell(f"{folder}: interrupted; the same command goes on from the last checkpoints")
             raise
-    ended = {}
-    for i in range(len(results)):
-        if (metrics := results[i].metrics) and "exit" in metrics:
-            ended[metrics["config"]["trial"]] = metrics["exit"]
     return ended
 
 
