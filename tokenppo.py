@@ -96,20 +96,49 @@ def train(
     )
 
 
-def evaluate(run: str | Path, *, weights: str = "final", data: str | None = None) -> dict[str, float]:
-    """Answer held-out prompts with the weights of a finished run and score them with its rewards.
+def evaluate(
+    policy: str | Path,
+    *,
+    weights: str = "final",
+    against: str | Path | None = None,
+    config: str | Path | None = None,
+    data: str | Path | None = None,
+    prompts: int | None = None,
+    samples: int = 1,
+    metric: str | None = None,
+    by: str | None = None,
+) -> dict[str, Any]:
+    """Answer held-out prompts with a policy, score the answers, and compare them with another policy's.
 
     Args:
-        run: path of a run folder.
-        weights: `final`, `best`, or `base` (the model it started from).
-        data: other prompts than `data.eval_path` of the run.
+        policy: path of a run folder or a model, or a hub id.
+        weights: of a run: `final`, `best`, or `base` (the model it started from).
+        against: `base`, `best`, `final` (of the same run), or what `policy` may be.
+        config, data, prompts, samples, metric, by: as the options of `tokenppo eval --help`.
     Returns:
-        means per response: `reward/total`, `reward/<component>/raw`, metrics by name, `response/*`.
+        what `tokenppo eval --json` prints: docs/evaluation.md. `["metrics"]["reward/total"]["policy"]["value"]` is a
+        mean.
+    Raises:
+        core.faults.Fault: UserError for what cannot work as written, others by kind.
     """
     refuse_if_shadowed()
-    from launch.evaluate import evaluate_run
+    from launch.cluster import prepare_environment
 
-    return evaluate_run(Path(run), weights=weights, data=data)
+    prepare_environment()
+    from launch.evaluate import evaluate
+    from launch.evaluation_text import to_dict
+
+    words = {"against": against, "config": config, "data": data}
+    made = evaluate(
+        str(policy),
+        weights=weights,
+        **{name: None if word is None else str(word) for name, word in words.items()},
+        prompts=prompts,
+        samples=samples,
+        metric=metric,
+        by=by,
+    )
+    return to_dict(*made)
 
 
 def main() -> None:

@@ -26,8 +26,11 @@ So a file can be exploded column by column, with any tool that reads Parquet (do
 
 The schema's metadata has the version of this table under `tokenppo.ledger`, and under `tokenppo.step` a JSON object:
 step, rank, ranks, `fraction` of the prompts that is recorded, component `weights`, `before`: the state of the loop
-when the step began (kl_coef, running normalisers, multipliers), and `credit`: what made advantages of rewards, by the
-names of core/metrics.py (credit/reward_scale, credit/advantage_mean, credit/advantage_std).
+when the step began (kl_coef, running normalisers, multipliers), `credit`: what made advantages of rewards, by the
+names of core/metrics.py (credit/reward_scale, credit/advantage_mean, credit/advantage_std), the whole `config`, what
+the learner computed with (`device`, `threads`, `torch`), and `policy_digest`: of the policy after the step, as it was
+sent to the workers (core/weights.py: version_digest); null on all ranks but the first. `tokenppo replay` computes a
+step again from these.
 """
 
 import json
@@ -41,7 +44,7 @@ from core import trajectory_table
 from core.faults import UserError
 
 FOLDER = "ledger"
-VERSION_KEY, VERSION, STEP_KEY = b"tokenppo.ledger", b"1", b"tokenppo.step"
+VERSION_KEY, VERSION, STEP_KEY = b"tokenppo.ledger", b"2", b"tokenppo.step"
 _PER_TOKEN = (
     "old_logprobs",
     "new_logprobs",
@@ -86,15 +89,20 @@ def step_of(path: Path) -> int:
     return int(path.name.split(".")[0].removeprefix("step_"))
 
 
-def read(folder: Path, step: int) -> tuple[pa.Table, list[dict[str, Any]]]:
+def read(folder: Path, step: int, columns: list[str] | None = None) -> tuple[pa.Table, list[dict[str, Any]]]:
     """The rows of a step, by (ordinal, k), and what each rank says of it. Raises UserError where there are none, or of
-    another version."""
+    another version.
+
+    Args:
+        columns: those to read, all if None; ordinal and k are read besides.
+    """
     found = files(folder, step)
     if not found:
         kept = sorted({step_of(path) for path in files(folder)})
         there = f"it has steps {kept[0]} to {kept[-1]}" if kept else "it is empty; log.ledger is the share that is kept"
         raise UserError(f"{folder / FOLDER}: nothing of step {step}; {there}")
-    tables = [pyarrow.parquet.read_table(path) for path in found]
+    wanted = None if columns is None else list(dict.fromkeys(["ordinal", "k", *columns]))
+    tables = [pyarrow.parquet.read_table(path, columns=wanted) for path in found]
     for path, table in zip(found, tables, strict=True):
         version = (table.schema.metadata or {}).get(VERSION_KEY)
         if version != VERSION:

@@ -134,8 +134,12 @@ def version_digest(manifest: WeightManifest, buckets: Sequence[str]) -> str:
 
 def digest_of(tensors: Mapping[str, Tensor], version: int = 0) -> str:
     """The digest that a sync of these tensors as one bucket would have."""
-    stream = WeightStream.of(tensors)
-    manifest = make_manifest(version, stream.specs, 2**63)
+    return stream_digest(WeightStream.of(tensors), version, 2**63)
+
+
+def stream_digest(stream: WeightStream, version: int, bucket_bytes: int) -> str:
+    """The digest that a sync of `stream` as `version`, in such buckets, has. Takes all of it."""
+    manifest = make_manifest(version, stream.specs, bucket_bytes)
     buckets = in_buckets(manifest, stream.tensors)
     return version_digest(manifest, [bucket_digest(map(as_bytes, bucket)) for bucket in buckets])
 

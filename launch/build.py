@@ -334,12 +334,17 @@ def reward_client(
         device="cuda" if cfg.resources.reward_gpus else "cpu",
         actor_options=functools.partial(seats.server, rank),
         batch_size=cfg.resources.reward_batch_size,
-        reference=ReferenceSpec(
-            model=cfg.model.path,
-            dtype=cfg.model.dtype,
-            temperature=cfg.rollout.temperature,
-            batch_size=cfg.rollout.chunk_size,
-        )
-        if cfg.reference == "reward_server"
-        else None,
+        reference=reference_spec(cfg),
+    )
+
+
+def reference_spec(cfg: Config) -> ReferenceSpec | None:
+    """The reference as reward servers have it; None where they have none."""
+    if cfg.reference != "reward_server":
+        return None
+    return ReferenceSpec(
+        model=cfg.model.path,
+        dtype=cfg.model.dtype,
+        temperature=cfg.rollout.temperature,
+        batch_size=cfg.rollout.chunk_size,
     )

@@ -1,5 +1,7 @@
-"""The reward of each token as a colour behind it: for a terminal, and as HTML for whoever shows that."""
+"""A response as the pieces of its tokens, and the reward of each as a colour behind it: for a terminal, and as HTML for
+whoever shows that."""
 
+from collections.abc import Sequence
 from html import escape
 
 import numpy as np
@@ -11,35 +13,49 @@ from trainer.panel import one_line
 MOST_PIECES = 1500  # of a response in HTML, in each of its lines; a page of more is slow to open and nobody reads it
 
 
-def pieces(text: str, offsets: np.ndarray) -> list[tuple[str, list[int]]]:
-    """Pieces of the text in order, each with the tokens that wrote it; together they are the text that tokens cover.
+def pieces(text: str, offsets: Sequence[Sequence[int]]) -> list[tuple[str, bool]]:
+    """Of each of the T tokens: the characters that it is the first to have, and whether it has some of another's.
 
-    Tokens that share a character are one piece; a token without characters, such as the stop token, is an empty one.
+    Joined they are `text`, each character once, less what belongs to no token. A token without characters of its own,
+    such as the stop token, is ("", False), a later one of those that share a character ("", True).
+
+    Args:
+        offsets: [T, 2] code points of `text`, as core/trajectory.py has them.
     """
+    out, at = [], 0
+    for start, end in offsets:
+        shares = start < min(at, end)
+        out.append((text[max(at, start) : end], shares))
+        at = max(at, end)
+    return out
+
+
+def shared_pieces(text: str, offsets: Sequence[Sequence[int]]) -> list[tuple[str, list[int]]]:
+    """The same in order, each piece with the tokens that wrote it: those that share a character are one piece."""
     found: list[tuple[str, list[int]]] = []
-    at = 0
-    for i, (start, end) in enumerate(offsets.tolist()):
-        if at < end and at < len(text):
-            found.append((text[max(at, start) : end], [i]))
-            at = end
-        elif start < end and found:  # more of a character that is there already
+    for i, (piece, shares) in enumerate(pieces(text, offsets)):
+        if shares and not piece and found:
             found[-1][1].append(i)
         else:
-            found.append(("", [i]))
+            found.append((piece, [i]))
     return found
 
 
 def heat_map(text: str, offsets: np.ndarray, rewards: np.ndarray, largest: float) -> Text:
     """`text` with each token on green for a reward, on red for a fine; `largest` is the full colour.
 
-    A token without characters of its own shows as its number where it has one; tokens that share a character have one
-    colour, that of their sum.
+    A token without characters of its own, such as the stop token, shows as its number where it has one; tokens that
+    share a character have one colour, that of their sum. What lies behind the end of `text` is not shown.
     """
     shown: list[tuple[str, float]] = []
-    for piece, tokens in pieces(text, offsets):
+    spans = offsets.tolist()
+    for piece, tokens in shared_pieces(text, spans):
         reward = float(rewards[tokens].sum())
-        if piece or reward:
-            shown.append((one_line(piece) if piece else f"[{reward:+.3g}]", reward))
+        start, end = spans[tokens[0]]
+        if piece:
+            shown.append((one_line(piece), reward))
+        elif reward and start == end:
+            shown.append((f"[{reward:+.3g}]", reward))
     return Text.assemble(*((piece, _style(reward, largest)) for piece, reward in shown))
 
 
@@ -61,7 +77,7 @@ th{white-space:nowrap;font-weight:600}.o{color:#666;font-style:italic}"""
 def html(sample: Shown) -> str:
     """A page of its own: the response once for each component, for their sum and for each other number, every token on
     green above 0 and on red below, its numbers when the pointer rests on it. No script, and all text is escaped."""
-    cut = pieces(sample.text, sample.offsets)
+    cut = shared_pieces(sample.text, sample.offsets.tolist())
     kept = cut[:MOST_PIECES]
     # Rewards of tokens that share a character add up; of what no sum makes sense the last token counts.
     lines = [("reward", sample.token_rewards, True)]
@@ -108,9 +124,8 @@ def markdown(sample: Shown) -> str:
 
     Texts stand in indented blocks, where Markdown changes nothing.
     """
-    rewards = [
-        (float(sample.token_rewards[tokens].sum()), piece) for piece, tokens in pieces(sample.text, sample.offsets)
-    ]
+    cut = shared_pieces(sample.text, sample.offsets.tolist())
+    rewards = [(float(sample.token_rewards[tokens].sum()), piece) for piece, tokens in cut]
     ranked = sorted((x for x in rewards if x[0]), key=lambda x: x[0])
     ends = [*ranked[:4], *ranked[max(4, len(ranked) - 4) :]]
     lines = [f"prompt {sample.ordinal} #{sample.k}, {int(sample.written.sum())} tokens, {sample.finish_reason}, "]

@@ -297,18 +297,20 @@ def _table(told: dict[str, Any]) -> Any:
     from rich.table import Table
 
     directions = "advantages" if told["directions"] == "tokens" else told["directions"]
-    table = Table(title=f"cosine of {directions} with", title_justify="left", title_style="", box=None, pad_edge=False)
+    title = f"cosine of {directions} with those as trained, and with what each component alone would give"
+    table = Table(title=title, title_justify="left", title_style="", box=None, pad_edge=False)
     table.add_column("", no_wrap=True)
     names = list(told["as_trained"]["alone"])
-    for name in ("as trained", *(f"{name} alone" for name in names), "sign changes"):
-        table.add_column(name, justify="right")
+    for name in ("signs", "as trained", *names):
+        table.add_column(name, justify="right", overflow="fold")
     for each in [told["as_trained"], *told["changed"]]:
         same = each["cosine_of_advantages" if each["cosine_of_gradient"] is None else "cosine_of_gradient"]
         star = " *" if len(told["changed"]) > 1 and each.get("pareto") else ""
         alone = [f"{each['alone'][name]:+.3f}" for name in names]
-        table.add_row(_label(each["changed"]) + star, f"{same:.3f}", *alone, f"{each['sign_changes']:.1%}")
+        table.add_row(_label(each["changed"]) + star, f"{each['sign_changes']:.1%}", f"{same:.3f}", *alone)
+    table.caption, table.caption_justify = "signs: share of the tokens whose advantage changes its sign", "left"
     if len(told["changed"]) > 1:
-        table.caption = "*: none of the others is better for every component that is paid"
+        table.caption += "\n*: none of the others is better for every component that is paid"
     return table
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from rich.console import Console
 
 from core.diagnosis import Diagnosis, Facts
-from core.faults import TERMINATED, StorageFault, UserError, exit_code_of
+from core.faults import INTERRUPTED, TERMINATED, StorageFault, UserError, exit_code_of
 from core.schema import Config
 from launch import build, cluster, early, environment, going_on, learners, room, run_folder, trained, under_way
 from launch.exchange import Exchange
@@ -90,6 +90,8 @@ def run(cfg: Config, inline: Inline = NOTHING, *, lives_on: bool = True) -> RunR
         reached = saved.state["eval"] if saved else {}
         summary = {"eval": reached, "seconds": {}, "steps": resumed_from or 0, "exit": 1, "resumed_from": resumed_from}
         summary["versions"] = run_folder.versions()
+        if job.held_out is not None:
+            summary["eval_prompts"] = min(cfg.data.eval_prompts, len(job.held_out.rows))
         with ranks.together():
             if ranks.is_main:
                 stack.enter_context(run_folder.opened(cfg))
@@ -121,7 +123,23 @@ def run(cfg: Config, inline: Inline = NOTHING, *, lives_on: bool = True) -> RunR
                     if summary["exit"] == 0:
                         raise
                     console.print(f"warning: {error}", markup=False, soft_wrap=True)  # what ended the run is said after
+                _report(job, summary)
         return RunResult(job.folder, summary)
+
+
+def _report(job: Job, summary: dict[str, Any]) -> None:
+    """report.html, of a run that got somewhere and was not told to hurry. The run is what it is without it."""
+    if not summary["steps"] or summary["exit"] in (INTERRUPTED, TERMINATED):
+        return
+    try:
+        from launch.report import render  # packages that nothing else of a run needs: without them it trains as well
+
+        render.write([job.folder], over=True)
+    except Exception as error:  # of a disk, or a bug of ours: training is done and all else is written
+        what = " ".join(f"{type(error).__name__}: {error}".split())
+        job.console.print(
+            f"warning: no report ({what}); tokenppo report {job.folder} tries again", markup=False, soft_wrap=True
+        )
 
 
 def _note_the_end(job: Job, summary: dict[str, Any]) -> None:
@@ -296,7 +314,8 @@ def _train(
             diagnosis=diagnosis,
             alert=trackers.alert,
         )
-    ledger = Ledger(cfg, folder, job.tokenizer, note, rank=ranks.index, ranks=ranks.size)
+    device = job.accelerator.device.type
+    ledger = Ledger(cfg, folder, job.tokenizer, note, rank=ranks.index, ranks=ranks.size, device=device)
     parts.callback(ledger.close)
     gallery = Gallery(cfg, job.tokenizer, ranks, trackers.show if trackers else None)
     with log:

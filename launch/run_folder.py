@@ -1,5 +1,5 @@
-"""The folder of a run: config.yaml, metrics.jsonl, trained.jsonl, summary.json, checkpoints/, best/, final/, files
-of the trackers."""
+"""The folder of a run: config.yaml, metrics.jsonl, trained.jsonl, summary.json, report.html, checkpoints/, best/,
+final/, ledger/, files of the trackers."""
 
 import fcntl
 import importlib.metadata
@@ -191,14 +191,15 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def flat(cfg: Config) -> dict[str, Any]:
     """Dotted key -> value of every setting, as trackers want them."""
+    return flat_tree(cfg.model_dump(mode="json"))
 
-    def walk(tree: dict[str, Any], prefix: str) -> dict[str, Any]:
-        out: dict[str, Any] = {}
-        for name, value in tree.items():
-            out |= walk(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-        return out
 
-    return walk(cfg.model_dump(mode="json"), "")
+def flat_tree(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The same of a configuration as plain values."""
+    out: dict[str, Any] = {}
+    for name, value in tree.items():
+        out |= flat_tree(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return out
 
 
 def write_summary(folder: Path, summary: dict[str, Any]) -> None:
@@ -251,7 +252,7 @@ def farewell(folder: Path, summary: dict[str, Any], *, was_finished: bool = Fals
             shown = ", ".join(f"{k} {v:.3g}" for k, v in values.items() if k != "step" and "/" not in k)
             reward = f"reward {values['reward/total']:.2f}" if "reward/total" in values else ""
             lines.append(f"{when:>7} (step {evals[when]['step']}): " + ", ".join(filter(None, [reward, shown])))
-    names = [n for n in ("metrics.jsonl", "summary.json", "best", "final") if (folder / n).exists()]
+    names = [n for n in ("report.html", "metrics.jsonl", "summary.json", "best", "final") if (folder / n).exists()]
     lines.append(f"results: {folder} ({', '.join(names)})")
     if was_finished:
         lines.insert(0, f"{folder} holds this run, finished after {summary.get('steps')} steps:")

@@ -2,7 +2,8 @@
 # bash launch/test.sh [--all] [pytest arguments]
 # Installs into .venv if need be, then runs the tests: the fast ones, or with --all every one that runs on this machine.
 # Without pytest arguments files run side by side, one for each core up to four; with --all those of vLLM come after,
-# alone: launch/vllm_venv.sh makes its environment first (minutes, once).
+# alone: launch/vllm_venv.sh makes its environment first (minutes, once). With --all launch/chromium.sh installs the
+# browser of the report's tests where it can.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . launch/install.sh
@@ -15,7 +16,10 @@ if [ "${1:-}" = --all ]; then
     shift
 fi
 if [ $# = 0 ]; then
-    [ ${#select[@]} != 0 ] || after=$alone
+    if [ ${#select[@]} = 0 ]; then
+        after=$alone
+        bash launch/chromium.sh
+    fi
     # A file stays on one process, with its module fixtures, and the files of tests/e2e, the longest, come first.
     cores=$(nproc)
     set -- --numprocesses "$((cores < 4 ? cores : 4))" --dist loadfile --no-loadscope-reorder --ignore "$alone"

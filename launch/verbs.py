@@ -93,19 +93,39 @@ def _run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", type=Path, help="path of a run folder")
 
 
-def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
-    _run(parser)
-    parser.add_argument("--weights", choices=WEIGHTS, default="final", help="default final")
-    parser.add_argument("--data", help="other prompts than data.eval_path of the run")
+def _eval_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("policy", metavar="RUN|MODEL", help="a run folder, a model folder or a hub id (owner/name)")
+    parser.add_argument("--weights", choices=WEIGHTS, default="final", help="of RUN, default final")
+    parser.add_argument(
+        "--against", metavar="RUN|MODEL|base", help="compare with this: base, best or final is that of the same run"
+    )
+    parser.add_argument(
+        "--config", metavar="F", help="prompts and rewards of this file, as for train; default: those of the run"
+    )
+    parser.add_argument("--data", metavar="F", help="other prompts than data.eval_path")
+    parser.add_argument("--prompts", type=int, metavar="N", help="the first N prompts, default data.eval_prompts")
+    parser.add_argument("--samples", type=int, default=1, metavar="N", help="answers to each prompt, default 1")
+    parser.add_argument(
+        "--metric", metavar="NAME", help="who has more of this wins (--metric=-NAME: less); default run.best_metric"
+    )
+    parser.add_argument("--by", metavar="COLUMN", help="the same by slices: for each value of this column of the data")
+    parser.add_argument(
+        "--require",
+        metavar="EXPR",
+        action="append",
+        default=[],
+        help="exit 7 unless the 95%% interval shows it: 'slot_error < 0.1', 'reward/total > base'; may be repeated",
+    )
+    parser.add_argument("--json", action="store_true", help="the report as one JSON object")
 
 
-def _evaluate(args: argparse.Namespace) -> int:
-    import tokenppo
+def _eval(args: argparse.Namespace) -> int:
+    from launch.cluster import prepare_environment
 
-    means = tokenppo.evaluate(args.run, weights=args.weights, data=args.data)
-    width = max(map(len, means))
-    print("\n".join(f"{name:<{width}}  {value:.4g}" for name, value in means.items()))
-    return 0
+    prepare_environment()  # before torch and ray are imported
+    from launch.evaluate import main
+
+    return main(args)
 
 
 def _sample_arguments(parser: argparse.ArgumentParser) -> None:
@@ -162,6 +182,33 @@ def _reweight(args: argparse.Namespace) -> int:
     from launch.reweight import main
 
     return main(args)
+
+
+def _report_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="path of a run folder; several are compared")
+    parser.add_argument("-o", metavar="FILE.html", type=Path, help="default RUN/report.html, of one run")
+
+
+def _report(args: argparse.Namespace) -> int:
+    from launch.report.render import write
+
+    print(write(args.runs, args.o))
+    return 0
+
+
+def _replay_arguments(parser: argparse.ArgumentParser) -> None:
+    _run(parser)
+    parser.add_argument("--step", type=int, metavar="N", required=True, help="of the ledger, from 1")
+    parser.add_argument("--json", action="store_true", help="the stages as one JSON object")
+
+
+def _replay(args: argparse.Namespace) -> int:
+    from launch.cluster import prepare_environment
+
+    prepare_environment()  # keeps libraries quiet, and is read when they are imported
+    from launch.replay import replay_run
+
+    return replay_run(args.run, args.step, as_json=args.json)
 
 
 def _export_arguments(parser: argparse.ArgumentParser) -> None:
@@ -286,11 +333,15 @@ VERBS = (  # in the order in which one needs them
         do=_sample,
     ),
     Verb(
-        name="evaluate",
-        help="score held-out prompts with the weights of a finished run",
-        examples=("tokenppo evaluate runs/demo --weights best",),
-        arguments=_evaluate_arguments,
-        do=_evaluate,
+        name="eval",
+        help="score held-out prompts, and show whether one policy is better than another",
+        examples=(
+            "tokenppo eval runs/demo --against base",
+            "tokenppo eval runs/demo --against base --require 'reward/total > base' --require 'slot_error < 0.1'",
+            "tokenppo eval my-model --config configs/cards.yaml --against runs/demo --json",
+        ),
+        arguments=_eval_arguments,
+        do=_eval,
     ),
     Verb(
         name="reweight",
@@ -302,6 +353,20 @@ VERBS = (  # in the order in which one needs them
         arguments=_reweight_arguments,
         do=_reweight,
         overrides=True,
+    ),
+    Verb(
+        name="report",
+        help="write a page on runs, at work or over: did they learn, curves, each token's numbers, what went wrong",
+        examples=("tokenppo report runs/demo", "tokenppo report runs/demo runs/calm -o compared.html"),
+        arguments=_report_arguments,
+        do=_report,
+    ),
+    Verb(
+        name="replay",
+        help="compute a step of a run again and say which stage of it differs, if any",
+        examples=("tokenppo replay runs/exact --step 1", "tokenppo replay runs/exact --step 30 --json"),
+        arguments=_replay_arguments,
+        do=_replay,
     ),
     Verb(
         name="export",

@@ -328,9 +328,10 @@ class PromptStream:
         self.position += n_prompts
         return [self._request(ordinal, k) for ordinal in ordinals for k in range(n_samples_per_prompt)]
 
-    def first(self, n_prompts: int) -> list[PromptRequest]:
-        """The first prompts, one sample each, as an evaluation wants them; the position stays."""
-        return [self._request(ordinal, 0) for ordinal in range(min(n_prompts, len(self.rows)))]
+    def first(self, n_prompts: int, n_samples_per_prompt: int = 1) -> list[PromptRequest]:
+        """The first prompts, each n times, as an evaluation wants them; the position stays."""
+        ordinals = range(min(n_prompts, len(self.rows)))
+        return [self._request(ordinal, k) for ordinal in ordinals for k in range(n_samples_per_prompt)]
 
     def observe(
         self, totals: Iterable[tuple[int, float]], *, trained: int | None = None, oldest: int | None = None

@@ -5,7 +5,7 @@ from html.parser import HTMLParser
 
 import numpy as np
 
-from launch.heat_map import MOST_PIECES, html, markdown, pieces
+from launch.heat_map import MOST_PIECES, html, markdown, shared_pieces
 from tests.exhibits import EVIL, shown
 
 
@@ -42,7 +42,7 @@ class Page(HTMLParser):
 
 def test_pieces_are_the_text_and_share_what_tokens_share():
     s = shown()
-    cut = pieces(s.text, s.offsets)
+    cut = shared_pieces(s.text, s.offsets.tolist())
     assert "".join(piece for piece, _ in cut) == EVIL and [tokens for _, tokens in cut] == [[0, 1], [2], [3]]
 
 

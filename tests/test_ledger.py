@@ -18,7 +18,7 @@ from core.trajectory import PromptRequest, Trajectory, sample_uid
 from launch import run_folder
 from trainer import ledger as module
 from trainer.batch import TrainBatch
-from trainer.ledger import Ledger, is_recorded
+from trainer.ledger import Ledger, device_name, is_recorded
 
 T = 6
 
@@ -91,7 +91,7 @@ def written(folder: Path, cfg: Config, tokenizer, n: int = 8, rank: int = 0, ste
     notes: list[str] = []
     book = Ledger(cfg, folder, tokenizer, notes.append, rank=rank, ranks=2)
     book.record(
-        step, batch, rows, combined, new, {"a": 1.0, "b": 0.5}, {"kl_coef": 0.02}, {"credit/advantage_std": 2.0}
+        step, batch, rows, combined, new, {"a": 1.0, "b": 0.5}, {"kl_coef": 0.02}, {"credit/advantage_std": 2.0}, "d4"
     )
     book.close()
     assert notes == [] and not book.counters
@@ -102,8 +102,10 @@ def test_every_number_is_that_of_its_token(tmp_path, tokenizer):
     rows, batch, combined, new = written(tmp_path, cfg_of(), tokenizer)
     table, (said,) = ledger_table.read(tmp_path, 4)
     assert said == {
-        **{"step": 4, "rank": 0, "ranks": 2, "fraction": 1.0},
+        **{"step": 4, "rank": 0, "ranks": 2, "fraction": 1.0, "policy_digest": "d4"},
         **{"weights": {"a": 1.0, "b": 0.5}, "before": {"kl_coef": 0.02}, "credit": {"credit/advantage_std": 2.0}},
+        **{"device": device_name("cpu"), "threads": torch.get_num_threads(), "torch": torch.__version__},
+        "config": cfg_of().model_dump(mode="json"),
     }
     got = table.to_pylist()
     assert [(r["ordinal"], r["k"]) for r in got] == [t.order for t in rows]
@@ -155,8 +157,10 @@ def test_a_share_of_the_prompts_is_recorded_with_all_their_samples(tmp_path, tok
     cfg = cfg_of(0.3)
     chosen = [is_recorded(cfg, ordinal) for ordinal in range(4000)]
     assert 0.27 < np.mean(chosen) < 0.33
-    assert chosen != [is_recorded(cfg_of(0.3, **{"run.seed": 1}), ordinal) for ordinal in range(4000)]
-    assert all(is_recorded(cfg_of(0.6), o) for o in range(4000) if chosen[o])  # a larger share has the smaller one's
+    other = cfg_of(0.3, **{"run.seed": 1})
+    assert chosen != [is_recorded(other, ordinal) for ordinal in range(4000)]
+    larger = cfg_of(0.6)
+    assert all(is_recorded(larger, o) for o in range(4000) if chosen[o])  # a larger share has the smaller one's
     written(tmp_path, cfg, tokenizer, n=80)
     table, _ = ledger_table.read(tmp_path, 4)
     got = list(zip(table["ordinal"].to_pylist(), table["k"].to_pylist(), strict=True))
@@ -249,7 +253,7 @@ def test_another_version_is_refused(tmp_path, tokenizer):
     table = pyarrow.parquet.read_table(path)
     other = table.schema.metadata | {ledger_table.VERSION_KEY: b"0"}
     pyarrow.parquet.write_table(table.replace_schema_metadata(other), path)
-    with pytest.raises(UserError, match="a ledger of version b'0', this tokenppo reads b'1'"):
+    with pytest.raises(UserError, match="a ledger of version b'0', this tokenppo reads b'2'"):
         ledger_table.read(tmp_path, 4)
 
 

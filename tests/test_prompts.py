@@ -63,6 +63,9 @@ def test_samples_of_one_prompt_have_one_ordinal_and_uids_of_their_own(tokenizer)
 def test_first_leaves_the_position_alone(tokenizer):
     s = stream(tokenizer, shuffle=False)
     assert numbers(s.first(4)) == [0, 1, 2, 3] and len(s.first(99)) == 10 and s.position == 0
+    several = s.first(2, 3)
+    assert [(r.ordinal, r.k) for r in several] == [(o, k) for o in range(2) for k in range(3)]
+    assert several[0].sample_uid == s.first(1)[0].sample_uid  # its first sample is that of an evaluation in training
 
 
 def test_messages_go_through_the_chat_template_once(tokenizer):

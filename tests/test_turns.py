@@ -22,7 +22,7 @@ from rollout.offsets import OffsetMapper
 from rollout.turns import Turns, Written
 from trainer import fused_head
 from trainer.batch import TrainBatch
-from trainer.evaluate import evaluation_sums
+from trainer.evaluate import evaluation_rows, evaluation_sums
 from trainer.loop import credit, rollout_sums, turns_of
 
 STOP = tuple(range(60))  # so that a random model ends its turns
@@ -355,6 +355,6 @@ def test_metrics_count_what_the_policy_wrote():
     batch = TrainBatch.collate([t, other], cfg.rewards)
     means = rollout_sums(batch, conformance.combined(cfg, batch), [t, other], version=0).means()
     assert means["response/length_mean"] == 2.5 and means["response/turns_mean"] == 1.5
-    evaluated = evaluation_sums([t, other], cfg.rewards).means()
+    evaluated = evaluation_sums(evaluation_rows([t, other], cfg.rewards), cfg.rewards).means()
     assert evaluated["eval/response/length_mean"] == 2.5
     assert turns_of(torch.tensor([[False, True, False, True], [False, False, False, False]])) == 2

@@ -20,6 +20,7 @@ from core.weights import (
     in_buckets,
     make_manifest,
     named_tensors,
+    stream_digest,
     version_digest,
 )
 from policy_reading import policy_of, read
@@ -265,6 +266,8 @@ def test_publish_delivers_and_counts_versions():
     p = publisher(transport)
     p.publish(1)
     assert p.version == 1 and transport.receiver.version == 1
+    sent = Sender(tiny_models.make_model("gpt2", seed=1)).stream_weights()
+    assert p.digest == stream_digest(sent, 1, 10_000)  # what a replay of the step computes
 
 
 @pytest.mark.parametrize(

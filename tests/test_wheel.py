@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from launch.report.render import OWN_SCRIPTS
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -28,4 +30,5 @@ def test_the_wheel_holds_the_packages_and_nothing_else(tmp_path):
     }
     assert sources <= set(names) and {"launch/accelerate/cpu.yaml", "launch/accelerate/gpu.yaml"} <= set(names)
     assert {"launch/templates/slurm.sh", "launch/templates/ray_job.sh"} <= set(names)
+    assert {f"launch/report/{name}" for name in ("page.html", "page.css", *OWN_SCRIPTS)} <= set(names)
     assert any(name.endswith("entry_points.txt") for name in names) and any(name.endswith("LICENSE") for name in names)

@@ -52,11 +52,21 @@ class Ledger:
     """Of one learner rank. `record` belongs to the loop's thread; with `log.ledger: 0` it does nothing."""
 
     def __init__(
-        self, cfg: Config, folder: Path, tokenizer: Any, note: Callable[[str], None], *, rank: int = 0, ranks: int = 1
+        self,
+        cfg: Config,
+        folder: Path,
+        tokenizer: Any,
+        note: Callable[[str], None],
+        *,
+        rank: int = 0,
+        ranks: int = 1,
+        device: str = "cpu",
     ) -> None:
-        """`folder`: of the run. `note`: told once, in a line, of what could not be written."""
+        """`folder`: of the run. `note`: told once, in a line, of what could not be written. `device`: the learner's."""
         self._cfg, self._folder, self._tokenizer, self._note = cfg, folder, tokenizer, note
-        self._rank, self._ranks = rank, ranks
+        self._of_run = {"rank": rank, "ranks": ranks, "fraction": cfg.log.ledger, "config": cfg.model_dump(mode="json")}
+        self._of_run |= {"device": device_name(device), "threads": torch.get_num_threads(), "torch": torch.__version__}
+        self._rank = rank
         self.counters: Counter[str] = Counter()
         self._queue: queue.Queue[Recorded | None] = queue.Queue(ROOM)
         self._thread: threading.Thread | None = None
@@ -74,13 +84,14 @@ class Ledger:
         weights: dict[str, float],
         before: dict[str, Any],
         credit: dict[str, float],
+        policy_digest: str | None = None,
     ) -> None:
         """Hand over the rows of a step that are recorded.
 
         Args:
             batch: filled, with advantages and returns; its rows are `trajectories`, both by (ordinal, k).
             new_logprobs: [B, T] of the last pass over the batch; None where no pass was made: those before it.
-            weights, before, credit: see `tokenppo.step` in core/ledger_table.py.
+            weights, before, credit, policy_digest: see `tokenppo.step` in core/ledger_table.py.
         """
         if self._thread is None:
             return
@@ -94,7 +105,7 @@ class Ledger:
         def own(x: Tensor) -> Tensor:
             return x[at, :width].detach().float().cpu()
 
-        said = {"step": step, "rank": self._rank, "ranks": self._ranks, "fraction": self._cfg.log.ledger}
+        said = {"step": step, "policy_digest": policy_digest, **self._of_run}
         recorded = Recorded(
             trajectories=[trajectories[i] for i in rows],
             batch=mine,
@@ -118,20 +129,28 @@ class Ledger:
 
     def _work(self) -> None:
         while (recorded := self._queue.get()) is not None:
-            step = recorded.said["step"]
-            path = ledger_table.file_of(self._folder, step, self._rank)
-            fresh = path.with_name(f".{path.name}.new")
             try:
-                path.parent.mkdir(exist_ok=True)
-                pyarrow.parquet.write_table(table_of(recorded, self._cfg, self._tokenizer), fresh, compression="zstd")
-                os.replace(fresh, path)
+                self._write(recorded)
             except Exception as error:  # of a disk or of what a dataset holds: none of it is worth a run
-                self._miss(step, f"{type(error).__name__}: {error}")
+                self._miss(recorded.said["step"], f"{type(error).__name__}: {error}")
+
+    def _write(self, recorded: Recorded) -> None:
+        path = ledger_table.file_of(self._folder, recorded.said["step"], self._rank)
+        fresh = path.with_name(f".{path.name}.new")
+        path.parent.mkdir(exist_ok=True)
+        pyarrow.parquet.write_table(table_of(recorded, self._cfg, self._tokenizer), fresh, compression="zstd")
+        os.replace(fresh, path)
 
     def _miss(self, step: int, reason: str) -> None:
         self.counters[MISSED] += 1
         if self.counters[MISSED] == 1:
             self._note(f"warning: the ledger has nothing of step {step}, training goes on: {' '.join(reason.split())}")
+
+
+def device_name(device: str) -> str:
+    """`cpu AVX512`, `cuda NVIDIA H100`: where the same kernels give the same bits."""
+    name = torch.cuda.get_device_name() if device == "cuda" else torch.backends.cpu.get_cpu_capability()
+    return f"{device} {name}"
 
 
 def is_recorded(cfg: Config, ordinal: int) -> bool:

@@ -27,7 +27,7 @@ from trainer import estimators, ppo, value_heads
 from trainer.ahead import Ahead
 from trainer.backlog import Backlog
 from trainer.batch import TrainBatch
-from trainer.evaluate import evaluation_sums
+from trainer.evaluate import evaluation_rows, evaluation_sums
 from trainer.learner import Learner
 from trainer.ranks import Ranks
 from trainer.run_log import RunLog
@@ -95,6 +95,7 @@ class Recorder(Protocol):
         weights: dict[str, float],
         before: dict[str, Any],
         credit: dict[str, float],
+        policy_digest: str | None = None,
     ) -> None:
         """Keep what a step was, token by token; waits for nothing."""
         ...
@@ -114,6 +115,8 @@ class Looks(Protocol):
 
 
 class Publisher(Protocol):
+    digest: str | None  # of the weights that were published last, where this rank knows it
+
     def publish(self, version: int) -> None: ...
 
 
@@ -213,8 +216,9 @@ def train(
         with log.time("sync"):
             publisher.publish(step)
         with log.time("log"):
-            ledger.record(step, batch, trajectories, combined, learner.new_logprobs, weights, before, credit_means)
-            gallery.record(step, batch, trajectories, combined, learner.new_logprobs)
+            new, digest = learner.new_logprobs, publisher.digest
+            ledger.record(step, batch, trajectories, combined, new, weights, before, credit_means, digest)
+            gallery.record(step, batch, trajectories, combined, new)
 
         means = rollout_sums(batch, combined, trajectories, version=step - 1).merge(ranks.sum_list).means()
         means |= policy_means | credit_means | update_means | {"objective/kl_coef": state.kl.coef}
@@ -345,10 +349,20 @@ def evaluate(
     """Means over held-out prompts, one sample each, on the workers at `version` (None: as they loaded from disk)."""
     with ranks.together():
         requests = held_out.first(cfg.data.eval_prompts)
-        pending, _ = rollouts.start(requests, rewards.submit).result()
-        trajectories = rewards.collect(pending)
-        account(cfg, rollouts.share(requests), trajectories, version=version)
-    return evaluation_sums(trajectories, cfg.rewards).merge(ranks.sum_list).means()
+        trajectories = answers(cfg, requests, rollouts, rewards, version=version)
+    rows = evaluation_rows(trajectories, cfg.rewards)
+    return evaluation_sums(rows, cfg.rewards).merge(ranks.sum_list).means()
+
+
+def answers(
+    cfg: Config, requests: list[PromptRequest], rollouts: Rollouts, rewards: Rewards, *, version: int | None
+) -> list[Trajectory]:
+    """The scored responses of this rank to held-out prompts, by (ordinal, k). Waits and raises as `rollouts` and
+    `rewards` do, and as `account`."""
+    pending, _ = rollouts.start(requests, rewards.submit).result()
+    trajectories = rewards.collect(pending)
+    account(cfg, rollouts.share(requests), trajectories, version=version)
+    return trajectories
 
 
 def totals(batch: TrainBatch, ranks: Ranks) -> list[tuple[int, float]]:

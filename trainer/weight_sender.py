@@ -79,6 +79,7 @@ class WeightPublisher:
         self._learner, self._transport, self._probe = learner, transport, probe
         self._bucket_bytes, self._tolerance, self._drives_workers = bucket_bytes, tolerance, drives_workers
         self.version = -1
+        self.digest: str | None = None  # of that version, on rank 0: of core/weights.py: version_digest
 
     def publish(self, version: int) -> None:
         """Send the learner's weights as `version`. All ranks call it.
@@ -112,7 +113,7 @@ class WeightPublisher:
             if self._drives_workers:
                 offered = tuple(digests) if ranks.is_main else self._transport.receive(ranks.index)
                 self._transport.commit(self._probe, self._verifier(manifest, offered, expected))
-        self.version = version
+        self.version, self.digest = version, version_digest(manifest, digests) if ranks.is_main else None
 
     def _verifier(
         self, manifest: WeightManifest, digests: tuple[str, ...], expected: np.ndarray

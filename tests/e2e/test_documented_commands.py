@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import browser
 import documented
 import tiny_models
 from cards_run import ROOT, checkout
@@ -49,6 +50,9 @@ RUN: dict[str, str | Callable[[str], str]] = {
     r"(bash launch/test\.sh.*)": r"\1 tests/test_readme.py --collect-only -q",
     r"source (.*)": r"source \1 && tokenppo --help",
     r"(tokenppo train --help)": r"\1",
+    r"(tokenppo report runs/demo) runs/calm (-o \S+)": r"\1 runs/demo \2",
+    r"(tokenppo eval .*?) --require .*": r"\1 --require 'reward/total > -1000'",
+    r"(tokenppo replay .*) --step \d+": r"\1 --step 1",
     r"((?:tokenppo|python -m tokenppo|accelerate launch) .*)": lambda words: (
         small(words) if "train" in words else words
     ),
@@ -58,6 +62,7 @@ RUN: dict[str, str | Callable[[str], str]] = {
     r"(python benchmarks/value_functions\.py) .*": (
         r"\1 --tasks cards --values shared --seeds 1 --steps 1 --json curves.json --png curves.png"
     ),
+    r"(python benchmarks/ledger\.py)": r"\1 --steps 2 --fractions 1",
     r"(python benchmarks/reward\.py)": r"\1 --only codec --rounds 1 --tokens 4096",
     r"(python benchmarks/rollout\.py) .*": (
         r"\1 --json out.json --sizes 1.1M --lengths equal --batch 4 --tokens 8 --turns 1"
@@ -71,6 +76,7 @@ RUN: dict[str, str | Callable[[str], str]] = {
     ),
     r"(python examples/cards/make\.py --no-train .*)": r"\1",
     r"(python examples/calculator/make\.py)": r"\1 --steps 20",
+    r"(python tests/e2e/report_screenshot\.py) .*": r"\1 runs/demo report.png",
     r"(tokenppo check-reward .*)": r"\1",
     r"(python -m core\.metrics)": r"\1",
     r"(python -m core\.\w+) > (docs/\w+\.md)": r"\1 | diff - \2",
@@ -86,11 +92,14 @@ def small(train: str) -> str:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A checkout with the two files that the README lets its reader write, and a run named demo."""
+    """A checkout with the files that pages let their readers write."""
     place = checkout(tmp_path_factory.mktemp("commands") / "tokenppo")
-    (code,) = [block for block in documented.blocks(ROOT / "README.md", "python") if "no_shouting" in block]
-    name = re.match(r"# (\S+)\n", code)[1]
-    (place / name).write_text(code)
+    for page, word in ((ROOT / "README.md", "no_shouting"), (ROOT / "docs" / "first_reward.md", "no_orders")):
+        (code,) = [block for block in documented.blocks(page, "python") if word in block]
+        name = re.match(r"# (\S+)\n", code)[1]
+        (place / name).write_text(code)
+    (said,) = documented.blocks(ROOT / "docs" / "first_reward.md", "json")
+    (place / "said.jsonl").write_text(said)
     (place / "prompts.jsonl").write_text('{"prompt": "Ask for salt."}\n{"prompt": "Ask for bread."}\n')
     tiny_models.save_model(place / "qwen", "qwen2-tied")
     return place
@@ -119,11 +128,17 @@ def shortened(command: Command) -> str:
 @pytest.mark.parametrize("command", HERE, ids=lambda command: f"{command.page}: {command.text[:80]}")
 def test_a_documented_command_works(command: Command, folder):
     line = shortened(command)
+    if "report_screenshot" in line and browser.chromium() is None:
+        pytest.skip(browser.ABSENT)
     if "runs/demo" in line and not (folder / "runs" / "demo").exists():
         demo = shell(small("tokenppo train --config configs/cards.yaml --run.name demo"), folder)
         assert demo.returncode == 0, demo.stdout + demo.stderr
     if "reweight runs/recorded" in line:
         assert (folder / "runs" / "recorded" / "ledger").is_dir(), "the command that makes this run comes before it"
+    if "replay runs/exact" in line and not (folder / "runs" / "exact").exists():
+        (train,) = [c.text for c in HERE if "train" in c.text and "--run.name exact " in c.text]
+        exact = shell(small(train), folder)
+        assert exact.returncode == 0, exact.stdout + exact.stderr
     if "configs/calculator.yaml" in line and not (folder / "runs" / "calculator-task").exists():
         task = shell("python examples/calculator/make.py --steps 20", folder)
         assert task.returncode == 0, task.stdout + task.stderr
