@@ -166,8 +166,8 @@ def _private_token() -> None:
 @contextmanager
 def ray_session(cfg: Config, address: str | None = None, *, log_to_driver: bool = True) -> Iterator[str]:
     """Ray up to the end of the block; gives its address. Everything started inside dies with it, also if this process
-    is killed. `address`: of the Ray that another learner process of this run started or joined. `log_to_driver`: whether
-    what actors print is shown."""
+    is killed. `address`: of the Ray that another learner process of this run started or joined. `log_to_driver`: show
+    what actors print."""
     import ray
     import torch
     from ray.exceptions import AuthenticationError
