@@ -161,7 +161,7 @@ def train_trial(
 
     Args:
         setting: Tune's, {"trial": name}.
-        users: the environment in which the sweep was typed.
+        users: what the environment in which the sweep was typed has of what actors have of their own.
     """
     from ray import tune
 
@@ -192,7 +192,8 @@ def run_trials(trials: list[Trial], folder: Path, jobs: int, gpus: float) -> dic
 
     Raises KeyboardInterrupt on Ctrl-C, when none of them is at work any more.
     """
-    users, ended = dict(os.environ), {}
+    users = {k: v for k, v in os.environ.items() if OF_ACTORS.match(k) or k == VISIBLE}
+    ended: dict[str, int] = {}
     # Read when Tune is imported: no events for TensorBoard of its own, the folder stays, and Ctrl-C is ours.
     os.environ |= {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "RAY_CHDIR_TO_TRIAL_DIR": "0"}
     os.environ |= {"TUNE_DISABLE_SIGINT_HANDLER": "1", "RAY_AIR_NEW_OUTPUT": "0"}
