@@ -466,8 +466,8 @@ class LogConfig(Section):
     peer_names: Literal["none", "trl", "openrlhf", "verl"] = "none"
     """Trackers get what means the very same under the name of another trainer too, for dashboards that are there."""
     artifacts: list[Literal["record", "final", "best", "checkpoints"]] = ["record"]
-    """What W&B keeps as files of a run besides its numbers: settings, metrics.jsonl and report (record), the model, the
-    best one, each checkpoint. Models are large and are uploaded whole."""
+    """What W&B keeps as files of a run besides its numbers: settings, metrics.jsonl, summary and report (record), the
+    model, the best one, each checkpoint. Models are large and are uploaded whole."""
 
     @property
     def looks(self) -> bool:

@@ -164,9 +164,10 @@ def _private_token() -> None:
 
 
 @contextmanager
-def ray_session(cfg: Config, address: str | None = None) -> Iterator[str]:
+def ray_session(cfg: Config, address: str | None = None, *, log_to_driver: bool = True) -> Iterator[str]:
     """Ray up to the end of the block; gives its address. Everything started inside dies with it, also if this process
-    is killed. `address`: of the Ray that another learner process of this run started or joined."""
+    is killed. `address`: of the Ray that another learner process of this run started or joined. `log_to_driver`: show
+    what actors print."""
     import ray
     import torch
     from ray.exceptions import AuthenticationError
@@ -189,7 +190,12 @@ def ray_session(cfg: Config, address: str | None = None) -> Iterator[str]:
     try:
         address = address or cfg.resources.ray_address
         if address:
-            ray.init(address=address, logging_level=logging.WARNING, runtime_env=runtime_env)
+            ray.init(
+                address=address,
+                logging_level=logging.WARNING,
+                runtime_env=runtime_env,
+                log_to_driver=log_to_driver,
+            )
         else:
             ray.init(
                 address="local",
@@ -199,6 +205,7 @@ def ray_session(cfg: Config, address: str | None = None) -> Iterator[str]:
                 include_dashboard=False,
                 logging_level=logging.WARNING,
                 runtime_env=runtime_env,
+                log_to_driver=log_to_driver,
             )
     except (AuthenticationError, ConnectionError, RuntimeError, ValueError, OSError) as error:
         where = f"resources.ray_address = {address}" if cfg.resources.ray_address else address or "this machine"

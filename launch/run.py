@@ -109,7 +109,7 @@ def run(cfg: Config, inline: Inline = NOTHING, *, lives_on: bool = True) -> RunR
                         job.ranks.may_lose_peers(),
                         undisturbed_end(stack, lives_on),
                     ):  # closes before `parts`, which ends what was started
-                        _train(job, found, saved, parts, summary)
+                        _train(job, found, saved, parts, stack, summary)
             summary["exit"] = 0
         except BaseException as error:
             summary |= {"exit": exit_code_of(error), "error": f"{type(error).__name__}: {error}".removesuffix(": ")}
@@ -161,9 +161,15 @@ def _read_input(cfg: Config, inline: Inline) -> dict[str, Any]:
 
 
 def _train(
-    job: Job, found: run_folder.Found, saved: Checkpoint | None, parts: ExitStack, summary: dict[str, Any]
+    job: Job,
+    found: run_folder.Found,
+    saved: Checkpoint | None,
+    parts: ExitStack,
+    last: ExitStack,
+    summary: dict[str, Any],
 ) -> None:
-    """Start the parts, train, write `final/`. `parts` ends all that was started, whatever happens."""
+    """Start the parts, train, write `final/`. `parts` ends all that was started, whatever happens; `last` closes after
+    all else of the run is written."""
     started = time.perf_counter()
     cfg, ranks, folder, console = job.cfg, job.ranks, job.folder, job.console
     who = "" if ranks.is_main else f"learner rank {ranks.index}: "
@@ -302,7 +308,9 @@ def _train(
             note=note,
         )
         run_folder.write_tracker_ids(folder, trackers.ids)
-        parts.push(lambda kind, error, trace: trackers.close(exit_code_of(error) if error else 0))
+        # At a good end after summary and report, which they may keep; else at once, since there may be little time.
+        parts.push(lambda kind, error, trace: trackers.close(exit_code_of(error)) if error else None)
+        last.push(lambda kind, error, trace: trackers.close(exit_code_of(error) if error else 0))
         before = {f"eval/{name}": x for name, x in summary["eval"].get("before", {}).items() if name != "step"}
         log = RunLog(
             folder,

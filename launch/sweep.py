@@ -17,11 +17,13 @@ import hashlib
 import importlib.util
 import itertools
 import json
+import logging
 import os
 import re
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,7 @@ END_S = 20.0  # for interrupted trials: `tokenppo train` itself waits 8 s for it
 OURS = ("run.dir", "run.name")
 # Ray's own variables of the actor that starts a trial would make the trial's Ray take itself for a part of this one.
 OF_ACTORS = re.compile(r"RAY_|OMP_NUM_THREADS$|TUNE_")
+VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
 @dataclass(frozen=True)
@@ -138,24 +141,36 @@ def _last_words(log: Path) -> str | None:
     return next(iter([*reversed(ours), *reversed(said)]), None)
 
 
-def train_trial(setting: dict[str, Any], words: dict[str, list[str]], folder: str, cwd: str, own: list[str]) -> None:
+def environment_of_trial(actors: Mapping[str, str], users: Mapping[str, str], gpus: float) -> dict[str, str]:
+    """What a trial has, out of the environment of its actor and of that in which the sweep was typed."""
+    kept = {k: v for k, v in actors.items() if not OF_ACTORS.match(k)} | {
+        k: v for k, v in users.items() if OF_ACTORS.match(k)
+    }
+    if not gpus:  # Ray shows an actor without GPUs none; the trial sees what the user does
+        kept.pop(VISIBLE, None)
+        kept |= {VISIBLE: users[VISIBLE]} if VISIBLE in users else {}
+    house = str(Path(__file__).resolve().parent.parent)
+    kept["PYTHONPATH"] = os.pathsep.join(filter(None, [house, kept.get("PYTHONPATH")]))
+    return kept
+
+
+def train_trial(
+    setting: dict[str, Any], words: dict[str, list[str]], folder: str, cwd: str, users: dict[str, str], gpus: float
+) -> None:
     """What an actor of Tune does: the command of one trial, to its end. Reports its exit code.
 
     Args:
         setting: Tune's, {"trial": name}.
-        own: names of environment variables that the user has set; others that actors have are not for a trial.
+        users: what the environment in which the sweep was typed has of what actors have of their own.
     """
     from ray import tune
 
     name = setting["trial"]
-    environment = {k: v for k, v in os.environ.items() if k in own or not OF_ACTORS.match(k)}
-    house = str(Path(__file__).resolve().parent.parent)
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [house, environment.get("PYTHONPATH")]))
     command = [sys.executable, "-P", "-m", "tokenppo", "train", *words[name]]
     with open(Path(folder) / f"{name}.log", "ab") as log:
         child = subprocess.Popen(
             command,
-            env=environment,
+            env=environment_of_trial(os.environ, users, gpus),
             cwd=cwd,
             stdin=subprocess.DEVNULL,
             stdout=log,
@@ -177,11 +192,13 @@ def run_trials(trials: list[Trial], folder: Path, jobs: int, gpus: float) -> dic
 
     Raises KeyboardInterrupt on Ctrl-C, when none of them is at work any more.
     """
+    users = {k: v for k, v in os.environ.items() if OF_ACTORS.match(k) or k == VISIBLE}
+    ended: dict[str, int] = {}
     # Read when Tune is imported: no events for TensorBoard of its own, the folder stays, and Ctrl-C is ours.
     os.environ |= {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "RAY_CHDIR_TO_TRIAL_DIR": "0"}
     os.environ |= {"TUNE_DISABLE_SIGINT_HANDLER": "1", "RAY_AIR_NEW_OUTPUT": "0"}
-    own = sorted(os.environ)
-    with cluster.ray_session(trials[0].cfg):
+    logging.getLogger("ray.tune").setLevel(logging.ERROR)  # it misses the files of the loggers that are off
+    with cluster.ray_session(trials[0].cfg, log_to_driver=False):
         from ray import tune
 
         class Tell(tune.Callback):
@@ -189,13 +206,16 @@ def run_trials(trials: list[Trial], folder: Path, jobs: int, gpus: float) -> dic
                 _tell(f"{trial.config['trial']}: begins")
 
             def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-                _tell(f"{trial.config['trial']}: ended with exit code {trial.last_result.get('exit')}")
+                ended[trial.config["trial"]] = code = trial.last_result["exit"]
+                _tell(f"{trial.config['trial']}: ended with exit code {code}")
 
             def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
                 _tell(f"{trial.config['trial']}: its process was lost")
 
         words = {trial.name: trial.words for trial in trials}
-        trainable = tune.with_parameters(train_trial, words=words, folder=str(folder), cwd=str(Path.cwd()), own=own)
+        trainable = tune.with_parameters(
+            train_trial, words=words, folder=str(folder), cwd=str(Path.cwd()), users=users, gpus=gpus
+        )
         # It wants some; the trial's own Ray counts what it needs, and `jobs` is what bounds how many there are.
         resources = {"CPU": 0.001} | ({"GPU": gpus} if gpus else {})
         tuner = tune.Tuner(
@@ -205,14 +225,11 @@ def run_trials(trials: list[Trial], folder: Path, jobs: int, gpus: float) -> dic
             run_config=tune.RunConfig(name="tune", storage_path=str(folder / ".tune"), verbose=0, callbacks=[Tell()]),
         )
         try:
-            results = tuner.fit()
+            tuner.fit()
         except KeyboardInterrupt:
             _interrupt_trials(folder)
+            _tell(f"{folder}: interrupted; the same command goes on from the last checkpoints")
             raise
-    ended = {}
-    for i in range(len(results)):
-        if (metrics := results[i].metrics) and "exit" in metrics:
-            ended[metrics["config"]["trial"]] = metrics["exit"]
     return ended
 
 

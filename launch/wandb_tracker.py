@@ -162,7 +162,9 @@ class WandB:
         if "record" in wanted:
             settings = folder / "wandb" / "settings.json"  # config.yaml may hold secrets
             settings.write_text(json.dumps(shown(self._cfg), indent=1) + "\n")
-            files = [folder / "metrics.jsonl", settings, folder / "report.html"]
+            files = [folder / "metrics.jsonl", settings]
+            if exit_code == 0:  # else they are of an earlier process of the run
+                files += [folder / "summary.json", folder / "report.html"]
             self._keep("record", "run-record", {file: file.name for file in files if file.is_file()})
         for which in ("final", "best"):
             if which in wanted and exit_code == 0 and (folder / which).is_dir():

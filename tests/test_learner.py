@@ -110,7 +110,8 @@ def test_what_is_recorded_as_new_are_the_log_probs_of_the_last_pass(name):
     assert torch.allclose(once.new_logprobs[mask], batch.old_logprobs[mask], atol=1e-5)
     assert torch.allclose(twice.new_logprobs[mask], after_once[mask], atol=1e-5)
     assert (after_once - batch.old_logprobs)[mask].abs().max() > 1e-3
-    assert updated(configured(**{"log.ledger": 0}), name)[0].new_logprobs is None
+    assert updated(configured(**{"log.ledger": 0}), name)[0].new_logprobs is not None  # trackers show ratios
+    assert updated(configured(**{"log.ledger": 0, "log.samples_every": 0}), name)[0].new_logprobs is None
 
 
 def test_another_temperature_in_the_rollout_stops_the_run():

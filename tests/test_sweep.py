@@ -11,7 +11,7 @@ import yaml
 
 from core.faults import UserError
 from launch import arguments
-from launch.sweep import Outcome, grid_of, name_of, outcome_of, sweep, table, trials_of
+from launch.sweep import Outcome, environment_of_trial, grid_of, name_of, outcome_of, sweep, table, trials_of
 
 ROOT = Path(__file__).parents[1]
 CARDS = ROOT / "configs" / "cards.yaml"
@@ -130,3 +130,13 @@ def test_an_agent_of_a_wandb_sweep_starts_trials_of_ours():
     assert "sweep-abc" in done.stdout
     cfg = arguments.parse([word for word in line if word.startswith("--") and word != "--"]).overrides
     assert cfg == {"optim.lr": "0.0005", "rewards.quality.weight": "2.0"}
+
+
+def test_a_trial_has_the_environment_of_the_user_and_not_that_of_an_actor():
+    actor = {"HOME": "/h", "RAY_JOB_ID": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "RAY_AUTH_MODE": "x"}
+    user = {"HOME": "/other", "RAY_AUTH_MODE": "token", "CUDA_VISIBLE_DEVICES": "2,3"}
+    got = environment_of_trial(actor, user, 0)
+    assert got.pop("PYTHONPATH").split(os.pathsep)[0] == str(ROOT)
+    assert got == {"HOME": "/h", "RAY_AUTH_MODE": "token", "CUDA_VISIBLE_DEVICES": "2,3"}
+    assert "CUDA_VISIBLE_DEVICES" not in environment_of_trial(actor, {}, 0)
+    assert environment_of_trial(actor | {"CUDA_VISIBLE_DEVICES": "1"}, user, 1.0)["CUDA_VISIBLE_DEVICES"] == "1"

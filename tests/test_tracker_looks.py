@@ -90,7 +90,8 @@ def test_the_best_values_are_those_that_choose_the_best_weights():
 
 def test_files_are_kept_as_asked_for(job):
     """A checkpoint that training has deleted since is there; no secret is."""
-    for path in ("checkpoints/step-2/state.json", "final/model.safetensors", "best/model.safetensors", "report.html"):
+    files = ("checkpoints/step-2/state.json", "final/model.safetensors", "best/model.safetensors")
+    for path in (*files, "report.html", "summary.json"):
         (job.folder / path).parent.mkdir(parents=True, exist_ok=True)
         (job.folder / path).write_text(path)
     log = {"artifacts": ["record", "final", "checkpoints"]}
@@ -102,7 +103,7 @@ def test_files_are_kept_as_asked_for(job):
         for a in got.artifacts
     }
     assert {name: {*files} for name, files in kept.items()} == {
-        "record": {"metrics.jsonl", "settings.json", "report.html"},
+        "record": {"metrics.jsonl", "settings.json", "summary.json", "report.html"},
         "final": {"model.safetensors"},
         "checkpoint": {"state.json"},
     }
@@ -116,10 +117,13 @@ def test_files_are_kept_as_asked_for(job):
 
 def test_a_run_that_failed_keeps_its_record_and_no_model(job):
     (job.folder / "final").mkdir()
-    (job.folder / "final" / "model.safetensors").write_text("old")
+    for path in ("final/model.safetensors", "report.html", "summary.json"):
+        (job.folder / path).write_text("of an earlier process")
     job("wandb", steps=[1], exit=3, log={"artifacts": ["record", "final"]})
     (file,) = wandb_file.files(job.folder)
-    assert [a.type for a in wandb_file.read(file).artifacts] == ["run-record"] and wandb_file.read(file).exit_code == 3
+    (record,) = wandb_file.read(file).artifacts
+    assert record.type == "run-record" and wandb_file.read(file).exit_code == 3
+    assert {entry.path for entry in record.manifest.contents} == {"metrics.jsonl", "settings.json"}
 
 
 def test_names_of_a_peer_come_beside_ours(job):

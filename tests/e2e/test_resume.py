@@ -115,6 +115,11 @@ def test_trackers_go_on_under_the_same_id_with_each_step_once(whole, resumed):
     names = {name for row in rows for name in row if not name.startswith("_")}
     assert set(again.rows()[-1]) - {"timestamp"} <= names
     assert [row["step"] for row in rows if "samples._type" in row] == list(range(2, STEPS + 1, 2))
+    (record,) = [a for a in recorded[-1].artifacts if a.type == "run-record"]
+    kept = {entry.path: Path(entry.local_path).read_bytes() for entry in record.manifest.contents}
+    assert kept.keys() == {"metrics.jsonl", "settings.json", "summary.json", "report.html"}
+    for name in ("metrics.jsonl", "summary.json", "report.html"):  # whole, and of this process
+        assert kept[name] == (again.folder / name).read_bytes(), name
     assert all(row["critic/score/mean"] == row["reward/total"] for row in rows if row["step"])
     events = EventAccumulator(str(again.folder / "tokenppo"))
     events.Reload()

@@ -56,6 +56,8 @@ def test_a_failing_trial_ends_no_other_and_a_larger_grid_trains_what_is_new(task
         command(task, f"{SCALE}=boom,0.01", "--jobs", "2"), cwd=task, capture_output=True, text=True, timeout=300
     )
     assert first.returncode == 4, first.stdout + first.stderr
+    said = first.stderr.splitlines()  # ours alone, whatever Ray and Tune have to say
+    assert len(said) == 5 and all(line.split(": ")[0].startswith((SCALE, str(task))) for line in said), first.stderr
     lines = first.stdout.splitlines()
     assert lines[0].split() == [SCALE, "eval/reward/total", "best", "steps", "seconds"]
     assert lines[1].split()[0] == "0.01" and lines[1].split()[3] == "1" and len(lines) == 3
