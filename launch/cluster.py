@@ -126,6 +126,7 @@ def prepare_environment() -> None:
     # Ray starts its workers 15 steps below the rest of this machine: beside anything busy, a learner among it, they get
     # a thirtieth of a core and miss every deadline. They are the job here, not its background.
     os.environ.setdefault("RAY_worker_niceness", "0")
+    os.environ.setdefault("RAY_prestart_worker_first_driver", "0")  # ours have an environment of their own and use none
     if "ray" not in sys.modules:  # half a change of mode, after the import, locks Ray out of its own cluster
         os.environ.setdefault("RAY_AUTH_MODE", "token")
 
