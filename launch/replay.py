@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from pyarrow.lib import ArrowException
+from pydantic import ValidationError
 from rich.console import Console
 from torch import Tensor
 
@@ -104,8 +105,17 @@ def find(run: Path, step: int) -> Subject:
         raise StorageFault(
             f"{run / ledger_table.FOLDER}: step {step} cannot be read ({str(error).splitlines()[0]}); replay another"
         ) from None
-    begun = said[0]["config"]  # of all ranks the same
-    overrides: dict[str, Any] = {"run.steps": begun["run"]["steps"]}  # a schedule spans them, and they may grow
+    try:
+        begun = Config.model_validate(
+            said[0]["config"]
+        )  # of all ranks the same; keys that came since at their defaults
+    except ValidationError as error:
+        key = ".".join(map(str, error.errors()[0]["loc"]))
+        raise UserError(
+            f"{run}: step {step} was made by another version of tokenppo ({key} is no key of this one, or has other"
+            " values); replay it with that"
+        ) from None
+    overrides: dict[str, Any] = {"run.steps": begun.run.steps}  # a schedule spans them, and they may grow
     now = run_folder.flat(asked)
     # Where workers sat and how weights travelled to them does not matter here, and is not open to every machine.
     scores_on = "cuda" if torch.cuda.is_available() and now["resources.reward_gpus"] else "cpu"
@@ -115,7 +125,7 @@ def find(run: Path, step: int) -> Subject:
     cfg = run_folder.configuration(run, overrides)
     recorded = RecordedStep.of(table, said, scored_reference=cfg.reference == "reward_server")
     c = Comparison("inputs", uids=recorded.uids)
-    _compare_config(c, begun, now)
+    _compare_config(c, run_folder.flat(begun), now)
     for t in recorded.trajectories:
         c.same("seed of a sample", t.request.seed, cfg.run.seed, t.request.sample_uid)
     whole = _compare_samples(c, run, recorded, len(said))
@@ -136,8 +146,7 @@ def find(run: Path, step: int) -> Subject:
     )
 
 
-def _compare_config(c: Comparison, begun: dict[str, Any], now: dict[str, Any]) -> None:
-    was = run_folder.flat_tree(begun)
+def _compare_config(c: Comparison, was: dict[str, Any], now: dict[str, Any]) -> None:
     for key in dict.fromkeys([*was, *now]):
         if key in run_folder.MAY_CHANGE:
             continue

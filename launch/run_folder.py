@@ -191,15 +191,14 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def flat(cfg: Config) -> dict[str, Any]:
     """Dotted key -> value of every setting, as trackers want them."""
-    return flat_tree(cfg.model_dump(mode="json"))
 
+    def walk(tree: dict[str, Any], prefix: str) -> dict[str, Any]:
+        out: dict[str, Any] = {}
+        for name, value in tree.items():
+            out |= walk(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+        return out
 
-def flat_tree(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The same of a configuration as plain values."""
-    out: dict[str, Any] = {}
-    for name, value in tree.items():
-        out |= flat_tree(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return out
+    return walk(cfg.model_dump(mode="json"), "")
 
 
 def write_summary(folder: Path, summary: dict[str, Any]) -> None:

@@ -306,6 +306,13 @@ def test_what_cannot_be_replayed_is_said_in_one_line(original, run, tmp_path):
         find(original, 4)
     with pytest.raises(UserError, match="there is no run in this folder"):
         find(tmp_path, 1)
+    config = ledger_table.read(run, 3)[1][0]["config"]
+    made.edit_said(run, 3, config=config | {"ppo": config["ppo"] | {"gone": 1}})
+    with pytest.raises(UserError, match="step 3 was made by another version of tokenppo .ppo.gone is no key"):
+        find(run, 3)
+    del config["ppo"]["dual_clip"]
+    made.edit_said(run, 3, config=config)
+    assert find(run, 3).inputs.verdict == "equal"  # a key that is younger than the run
     path = ledger_table.file_of(run, 2, 0)
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(StorageFault, match="step 2 cannot be read"):
