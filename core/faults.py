@@ -7,7 +7,7 @@
 | 2 | UserError | what was written in a file or on the command line cannot work; nothing was started or lost |
 | 3 | ProcessFault | a process died or missed its deadline more often than the run may bear |
 | 4 | RewardFault | rewards could not be computed for more samples than the run may lose |
-| 5 | InvariantFault | wrong numbers: training would go on with them (stale weights, NaN, ...), or a replay has others |
+| 5 | InvariantFault | training would go on with wrong numbers (stale weights, NaN); of `replay`: a stage differs |
 | 6 | StorageFault | a file of the run could not be written or read back whole |
 | 7 | UnmetRequirement | an evaluation does not show what `--require` asks for |
 | 130 | | interrupted (Ctrl-C) |

@@ -33,8 +33,9 @@ def to_text(report: Report, judged: Judged) -> str:
     for side, n in report.samples_dropped.items():
         if n:
             lines.append(f"{n} samples of {getattr(report, side)} have no reward and count nowhere")
-    lines += ["", *_table(report, whole), ""]
-    lines += _verdict(report, whole)
+    lines += ["", *_table(report, whole)]
+    if report.against is not None:
+        lines += ["", *_verdict(report, whole)]
     if report.by is not None:
         lines += ["", f"by {report.by}"]
         for part in report.slices:

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from core import config, ledger_table
 from core.combine import RunningMoments
-from core.config import load
 from core.faults import InvariantFault, StorageFault, UserError
 from core.pretrained import load_tokenizer
 from core.schema import Config
@@ -96,8 +95,7 @@ def replay_run(run: Path, step: int, *, as_json: bool = False, console: Console 
 
 def find(run: Path, step: int) -> Subject:
     """Read the ledger, look for the checkpoint, compare the inputs. Raises UserError, StorageFault."""
-    if not (run / "config.yaml").is_file():
-        raise UserError(f"RUN = {run}: there is no run in this folder (no config.yaml)")
+    asked = run_folder.configuration(run)
     if (world := cluster.launched()[1]) > 1:
         raise UserError(f"{world} processes were launched: replay is one; start it without accelerate launch")
     try:
@@ -108,13 +106,13 @@ def find(run: Path, step: int) -> Subject:
         ) from None
     begun = said[0]["config"]  # of all ranks the same
     overrides: dict[str, Any] = {"run.steps": begun["run"]["steps"]}  # a schedule spans them, and they may grow
-    now = run_folder.flat(load(run / "config.yaml", overrides))
+    now = run_folder.flat(asked)
     # Where workers sat and how weights travelled to them does not matter here, and is not open to every machine.
     scores_on = "cuda" if torch.cuda.is_available() and now["resources.reward_gpus"] else "cpu"
     overrides |= WITHOUT_GPUS | {"sync.transport": "object_store", "run.checks": False}
     if not torch.cuda.is_available():
         overrides["resources.device"] = "cpu"
-    cfg = load(run / "config.yaml", overrides)
+    cfg = run_folder.configuration(run, overrides)
     recorded = RecordedStep.of(table, said, scored_reference=cfg.reference == "reward_server")
     c = Comparison("inputs", uids=recorded.uids)
     _compare_config(c, begun, now)

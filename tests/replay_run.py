@@ -28,6 +28,7 @@ from reward_server.server import RewardServer
 from rollout.engines.transformers_engine import stop_ids
 from rollout.turns import Turns
 from trainer import checkpoint
+from trainer.gallery import Gallery
 from trainer.learner import Learner
 from trainer.ledger import Ledger
 from trainer.loop import TrainState, make_probe, train
@@ -168,6 +169,7 @@ def make(place: Path, **overrides: object) -> Path:
             log=log,
             state=state,
             ledger=ledger,
+            gallery=Gallery(cfg, tokenizer, ranks, None),
             on_eval=lambda step, means: None,
             on_step=on_step,
         )

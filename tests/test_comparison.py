@@ -130,7 +130,7 @@ def test_text_of_a_policy_cannot_move_the_cursor():
 
 
 def test_the_row_of_a_response_by_hand_and_the_means_of_training_from_it():
-    """By the weights that a schedule ends with: 0.5 * 3 - 0.4 * 1 = 1.1 and 0.5 * 2 = 1. c is a metric of one alone."""
+    """By the weights that a schedule ends with: 0.5 * 3 - 0.4 * 1 = 1.1 and 0.5 * 2 = 1. c applies to one alone."""
     cfg = conformance.configured(**{"rewards.a.weight": {0: 1.0, 10: 0.5}})
     first = conformance.trajectory(
         0, [1], [5, 6, 0], rewards={"a": [1, 2, 0], "b": [0, 0, 1]}, applies={"c": [False] * 3}

@@ -8,10 +8,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 
+import recorded_step
 import report_case as case
-from core import ledger_table
+import tiny_models
+from core import config, ledger_table
 from core.faults import StorageFault, UserError
 from launch import cli, run, run_folder
 from launch.heat_map import pieces
@@ -56,6 +59,31 @@ def test_every_number_of_a_token_is_the_ledgers(made):
         assert s["clipped"] == row["clipped"] and s["ids"] == row["response_ids"] and s["ours"] == row["action_mask"]
         assert s["total"] == pytest.approx(sum(x for x in row["token_rewards"] if x is not None), rel=1e-5)
     assert compared == 6 * (case.N - 1) * (len(ledger_table.NUMBERS) + 2 + 8)
+
+
+@pytest.mark.parametrize("estimator", ["gae", "grpo"])
+def test_the_parts_of_an_advantage_are_its_whole(tmp_path, estimator):
+    """Of a step that the loop made, with samples of a prompt beside each other: the page has the split of all."""
+    table, said, cfg = recorded_step.step(tiny_models.make_tokenizer(), **{"ppo.estimator": estimator})
+    folder = case.make_run(tmp_path / "credited")
+    (folder / "config.yaml").write_text(config.to_yaml(cfg))
+    path = ledger_table.file_of(folder, said["step"], 0)
+    path.parent.mkdir()
+    pyarrow.parquet.write_table(table, path)
+    (run,) = gather.gather([folder]).runs
+    shown = 0
+    for sample in run.responses.samples:
+        assert {"quality", "coverage", "kl"} <= set(sample.credit) and ("others" in sample.credit) == (
+            estimator == "grpo"
+        )
+        for i, advantage in enumerate(sample.numbers["advantages"]):
+            parts = [values[i] for values in sample.credit.values()]
+            if sample.ours[i]:
+                assert sum(parts) == pytest.approx(advantage, abs=1e-5)
+                shown += 1
+            else:
+                assert set(parts) == {None}
+    assert shown > 10
 
 
 def test_the_text_of_a_response_is_cut_into_its_tokens_each_character_once():
@@ -122,7 +150,7 @@ def test_a_ledger_of_many_steps_is_not_read_whole(tmp_path, monkeypatch):
     opened = []
     real = ledger_table.read
     monkeypatch.setattr(ledger_table, "read", lambda f, s, columns=None: opened.append(s) or real(f, s, columns))
-    got = samples.of_run(folder, 0.1)
+    got = samples.of_run(folder, run_folder.configuration(folder))
     assert got.recorded == 2000 and len(opened) <= 2 * samples.MOST_STEPS + samples.SPREAD_STEPS
     assert {min(opened), max(opened)} == {1, 2000}
 

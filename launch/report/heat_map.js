@@ -183,7 +183,7 @@ function heatMap(place) {
     const more = sample.texts[i] && sample.shares[i] !== null ? ` It has a part of “${inWords(sample.shares[i])}” too.` : "";
     rows.push(title, make("div", "muted", `token ${i + 1} of ${sample.n_tokens}, id ${sample.ids[i]}, weights of version ${sample.versions[i]}, step ${sample.step}.${more}`));
     if (!sample.ours[i]) rows.push(make("p", "", "An environment wrote this token: it is none of the policy's, and has no numbers."));
-    else rows.push(partsTable(sample, i), numbersTable(sample, i));
+    else rows.push(partsTable(sample, i), numbersTable(sample, i), creditTable(sample, i));
     inspector.replaceChildren(...rows);
   }
 
@@ -221,6 +221,17 @@ function heatMap(place) {
     const row = rowOf(table, "total", shown === first[0]);
     row.append(make("td"), make("td"));
     cell(row, sample.numbers.token_rewards[i], first[0]);
+    return table;
+  }
+
+  /* Where the advantage comes from: its parts add up to it. */
+  function creditTable(sample, i) {
+    const names = Object.keys(sample.credit);
+    if (!names.length) return "";
+    const table = tableOf("the advantage, by where it comes from", []);
+    table.caption.className = "";
+    const words = { kl: "KL penalty", critic: "critic: as expected", others: "other samples of the prompt", mean: "mean of all, taken off" };
+    for (const name of names) cell(rowOf(table, words[name] ?? name, false), sample.credit[name][i], `credit:${name}`);
     return table;
   }
 

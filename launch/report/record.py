@@ -73,6 +73,7 @@ class Sample:
     raw: dict[str, list[Number]]  # component -> None where it does not apply
     normalized: dict[str, list[Number]]
     weighted: dict[str, list[Number]]
+    credit: dict[str, list[Number]]  # parts of the advantage, by trainer/credit.py; empty where a ledger cannot tell
 
 
 @dataclass(frozen=True, kw_only=True)

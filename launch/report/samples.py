@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from core import ledger_table
+from core.schema import Config
 from launch.heat_map import pieces
 from launch.report.curves import correlation, spaced
 from launch.report.record import Number, Responses, Sample, TokenPay
@@ -44,16 +45,16 @@ class Row:
     length: int  # tokens of the policy
 
 
-def of_run(folder: Path, share: float, most_tokens: int = MOST_TOKENS) -> Responses:
+def of_run(folder: Path, cfg: Config, most_tokens: int = MOST_TOKENS) -> Responses:
     """What a report shows of the ledger of a run. Raises UserError for a ledger of another version.
 
     Args:
-        share: `log.ledger` of the run, to say why nothing is there.
+        cfg: of the run.
         most_tokens: that may be shown; fewer samples are where they are longer.
     """
     recorded = sorted({ledger_table.step_of(path) for path in ledger_table.files(folder)})
     if not recorded:
-        return Responses(missing=_nothing(share))
+        return Responses(missing=_nothing(cfg.log.ledger))
     steps = spaced(recorded, MOST_STEPS)
     rows: list[Row] = []
     for step in steps:
@@ -63,9 +64,11 @@ def of_run(folder: Path, share: float, most_tokens: int = MOST_TOKENS) -> Respon
     for step in sorted({row.step for row in chosen}):
         table, said = ledger_table.read(folder, step)
         fraction = said[0]["fraction"]
-        for row, why in sorted(chosen.items(), key=lambda item: item[0].index):
-            if row.step == step:
-                samples.append(sample_of(table.slice(row.index, 1).to_pylist()[0], step, why))
+        of_step = sorted((row for row in chosen if row.step == step), key=lambda row: row.index)
+        credit = credit_of(table, said[0], cfg, {row.ordinal for row in of_step})
+        for row in of_step:
+            found = table.slice(row.index, 1).to_pylist()[0]
+            samples.append(sample_of(found, step, chosen[row], credit.get(found["sample_uid"], {})))
     last = steps[-SPREAD_STEPS:]
     spread = [row for row in rows if row.step in last]
     points = spaced(spread, MOST_POINTS)
@@ -154,8 +157,21 @@ def row_sums(column: pa.ChunkedArray) -> tuple[list[float], list[int]]:
     return sums.tolist(), pc.list_value_length(lists).to_pylist()
 
 
-def sample_of(row: dict[str, Any], step: int, why: list[str]) -> Sample:
-    """A row of core/ledger_table.py as it is shown: its first LONGEST tokens."""
+def credit_of(
+    table: pa.Table, said: dict[str, Any], cfg: Config, ordinals: set[int]
+) -> dict[str, dict[str, np.ndarray]]:
+    """uid -> part of the advantage -> [T], of all samples of these prompts. Nothing of a ledger that does not say what
+    whitening did, as those of earlier versions."""
+    if "credit" not in said:
+        return {}
+    from trainer.credit import split  # with torch
+
+    rows = table.filter(pc.is_in(table["ordinal"], value_set=pa.array(sorted(ordinals), pa.int64())))
+    return {credit.uid: credit.parts for credit in split(rows, said, cfg)}
+
+
+def sample_of(row: dict[str, Any], step: int, why: list[str], credit: dict[str, np.ndarray] | None = None) -> Sample:
+    """A row of core/ledger_table.py as it is shown: its first LONGEST tokens. `credit`: parts of its advantages."""
     n, ours = len(row["response_ids"]), row["action_mask"]
     top = slice(0, LONGEST)
     spans = list(zip(row["offset_starts"], row["offset_ends"], strict=True))
@@ -186,6 +202,7 @@ def sample_of(row: dict[str, Any], step: int, why: list[str]) -> Sample:
         raw={name: [_plain(x) for x in values] for name, values in raw.items()},
         normalized={name: decimals(values[top], ours) for name, values in row["normalized"]},
         weighted={name: decimals(values[top], ours) for name, values in weighted.items()},
+        credit={name: decimals(values[top].tolist(), ours) for name, values in (credit or {}).items()},
     )
 
 
