@@ -130,6 +130,12 @@ def test_wandb_works_where_tensorboard_does_not(job):
     assert steps(wandb_file.read(file)) == [0, 1, 2]
 
 
+def test_an_agent_of_a_sweep_finds_its_run_under_the_id_that_it_gave(job):
+    done = job("wandb", steps=[1], env={"WANDB_SWEEP_ID": "s1", "WANDB_RUN_ID": "r1"})
+    (file,) = wandb_file.files(job.folder)
+    assert ids(done) == {"wandb": "r1"} and wandb_file.read(file).run_id == "r1"
+
+
 def test_disabled_by_the_user_is_obeyed(job):
     done = job("wandb", steps=[1], env={"WANDB_MODE": "disabled"})
     assert notes(done) == ["note: W&B is disabled by its settings: nothing is recorded"]
