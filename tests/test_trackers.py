@@ -150,8 +150,8 @@ def test_a_service_that_does_not_answer_costs_the_deadline_and_no_more(job):
 
 
 def test_a_service_that_hangs_costs_the_loop_nothing(job):
-    """What waits for W&B's own process is its thread; what finds no room is counted, and TensorBoard has it all."""
-    done = job("wandb", "tensorboard", steps=[1], freeze=True, more=3000, room=2000, close_s=2.0)
+    """What waits for W&B's own process is its thread; TensorBoard, whose thread waits for nobody, has it all."""
+    done = job("wandb", "tensorboard", steps=[1], freeze=True, more=3000, room=4000, close_s=10.0)
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("frozen for")]
     assert float(line.split()[-1]) < 60  # 3000 rows of a file and of TensorBoard; of W&B's deadlines none is shorter
     assert [step for step, _ in scalars(job.folder, "reward/total")] == list(range(1, 3002))
