@@ -21,7 +21,7 @@ ALL_DRAWN = """[...document.querySelectorAll('.chart')].filter(c => c.offsetPare
 
 def take(run: Path, out: Path, scheme: str = "light") -> None:
     """Report of `run` as a PNG."""
-    report = render.write([run])
+    report = render.write([run]).absolute()  # a browser takes no other
     with (
         browser.started() as chrome,
         browser.opened(chrome, report, color_scheme=scheme, device_scale_factor=1.5) as page,
