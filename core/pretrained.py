@@ -1,11 +1,12 @@
 """Loading what save_pretrained wrote, in one way for the learner, its reference and the rollout engines."""
 
-from typing import Any
-
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from typing import TYPE_CHECKING, Any
 
 from core.faults import UserError
+
+if TYPE_CHECKING:  # a second of imports, half of which a process that reads no weights has no need of
+    import torch
+    from transformers import PreTrainedModel
 
 
 def from_pretrained(kind: Any, path: str, what: str, key: str = "model.path", **settings: Any) -> Any:
@@ -22,15 +23,19 @@ def from_pretrained(kind: Any, path: str, what: str, key: str = "model.path", **
 
 def load_tokenizer(path: str) -> Any:
     """The tokenizer of a model. Raises UserError if there is none."""
+    from transformers import AutoTokenizer
+
     return from_pretrained(AutoTokenizer, path, "tokenizer")
 
 
-def load_causal_lm(path: str, dtype: torch.dtype) -> PreTrainedModel:
+def load_causal_lm(path: str, dtype: "torch.dtype") -> "PreTrainedModel":
     """The model of a folder or hub id, on the CPU.
 
     Raises UserError where the weights leave a layer out: transformers would fill it with random numbers, other ones in
     policy and reference, and only warn.
     """
+    from transformers import AutoModelForCausalLM
+
     model, found = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
     if missing := sorted(found["missing_keys"]):
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""

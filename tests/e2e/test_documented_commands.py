@@ -21,6 +21,7 @@ HUB_ID = "Qwen/Qwen2.5-0.5B-Instruct"  # nothing is downloaded here: a small mod
 SMALL = {
     "run.steps": "1",
     "data.eval_prompts": "4",
+    "rollout.workers": "1",
     "rollout.batch_size": "16",
     "rollout.chunk_size": "8",
     "rollout.max_new_tokens": "16",
