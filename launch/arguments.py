@@ -1,5 +1,6 @@
 """The command line of training, the same behind `tokenppo train`, `accelerate launch -m launch.train` and --dry-run."""
 
+import difflib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from core.faults import UserError
 from core.reward_name import RewardName
 from core.schema import Config, leaf_keys
 
+FLAGS = ("accelerate", "config", "dry-run", "help", "num-processes", "reward")
 ACCELERATE_FILES = Path(__file__).parent / "accelerate"
 
 
@@ -58,8 +60,9 @@ def parse(argv: list[str]) -> TrainArguments:
         elif flag.startswith("--"):
             key = flag[2:].partition("=")[0]
             if "." not in key:
-                close = nearest_key(key)
-                hint = f"; did you mean --{close}?" if close and "." in close else "; see tokenppo train --help"
+                close = next(iter(difflib.get_close_matches(key, FLAGS, n=1)), None) or nearest_key(key)
+                meant = close is not None and ("." in close or close in FLAGS)
+                hint = f"; did you mean --{close}?" if meant else "; see tokenppo train --help"
                 raise UserError(f"--{key}: there is no such option{hint}")
             args.overrides |= _override(flag, rest)
         else:

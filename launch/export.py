@@ -31,8 +31,7 @@ def export_run(run: Path, out: Path, *, weights: str = "final", push: str | None
     ProcessFault for a hub that cannot be reached. OUT stays where only the upload failed.
     """
     source = run / weights
-    if not (run / "config.yaml").is_file():
-        raise UserError(f"RUN = {run}: there is no run in this folder (no config.yaml)")
+    run_folder.refuse_no_run(run)
     if not source.is_dir():
         held_out = "; it is written where there are held-out prompts (data.eval_path)" if weights == "best" else ""
         raise UserError(f"--weights {weights}: {source} does not exist{held_out}")

@@ -41,10 +41,15 @@ class Found:
         return bool(self.rows or self.saved or self.finished)
 
 
-def configuration(folder: Path, overrides: dict[str, Any] | None = None) -> Config:
-    """What a run was made with, and `overrides`. Raises UserError where there is no run."""
+def refuse_no_run(folder: Path) -> None:
+    """Raise UserError unless a run was begun there."""
     if not (folder / "config.yaml").is_file():
         raise UserError(f"RUN = {folder}: there is no run in this folder (no config.yaml)")
+
+
+def configuration(folder: Path, overrides: dict[str, Any] | None = None) -> Config:
+    """What a run was made with, and `overrides`. Raises UserError where there is no run."""
+    refuse_no_run(folder)
     return load(folder / "config.yaml", overrides)
 
 

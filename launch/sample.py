@@ -19,7 +19,7 @@ from core.faults import RewardFault, UserError
 from core.pretrained import load_tokenizer
 from core.schema import Config, RewardConfig
 from core.trajectory import PromptRequest, Trajectory
-from launch import build, early, environment
+from launch import build, early, environment, run_folder
 from launch.heat_map import heat_map
 from reward_server.components import load_component, missing_arguments
 from reward_server.server import RewardServer, ScoreFailure
@@ -109,8 +109,7 @@ def _device(asked: str) -> str:
 
 
 def _configuration(run: Path, weights: str, max_new_tokens: int | None) -> Config:
-    if not (run / "config.yaml").is_file():
-        raise UserError(f"RUN = {run}: there is no run in this folder (no config.yaml)")
+    run_folder.refuse_no_run(run)
     overrides: dict[str, object] = {"rollout.round_tokens": None, "rollout.extra_prompts": 0}  # written whole
     if weights != "base":
         overrides["model.path"] = str(_folder(run, weights))

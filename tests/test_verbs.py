@@ -34,6 +34,8 @@ def test_the_list_of_verbs_has_them_all(capsys):
     [
         ("sampel runs/x", "sampel: tokenppo has no such verb; did you mean sample?"),
         ("tran", "tran: tokenppo has no such verb; did you mean train?"),
+        ("train --confg a.yaml", "--confg: there is no such option; did you mean --config?"),
+        ("train --dryrun", "--dryrun: there is no such option; did you mean --dry-run?"),
         ("zzz", "zzz: tokenppo has no such verb; see tokenppo --help"),
         ("--verbose", "--verbose: tokenppo has no such option"),
         ("sample runs/x --jsn", "--jsn: tokenppo sample has no such option; did you mean --json?"),
