@@ -12,6 +12,7 @@
 `python -m tokenppo` and `tokenppo` are the command: see `tokenppo --help`. Nothing heavy is imported before it is used.
 """
 
+import gc
 import importlib
 import importlib.util
 import sys
@@ -52,8 +53,17 @@ def refuse_if_shadowed() -> None:
 def claim_packages() -> None:
     """Start hook of Ray's workers: import our packages now, before Ray puts the driver's folder in front of them."""
     refuse_if_shadowed()
+    collect_less_often()
     for name in _PACKAGES:
         importlib.import_module(name)
+
+
+def collect_less_often() -> None:
+    """For processes of ours: look for unreachable cycles every 50,000 new objects, not every 700.
+
+    Importing torch and transformers makes millions that stay: a fifth of a process's start was spent on looking.
+    """
+    gc.set_threshold(50_000, 20, 10)
 
 
 def __getattr__(name: str) -> Any:
@@ -144,6 +154,7 @@ def evaluate(
 def main() -> None:
     """The command `tokenppo`."""
     refuse_if_shadowed()
+    collect_less_often()
     from launch.cli import main as cli
 
     raise SystemExit(cli(sys.argv[1:]))

@@ -8,8 +8,10 @@ Our process has said in one line what was wrong, and `tokenppo train` reads its 
 import logging
 import sys
 
+import tokenppo
 from launch import cluster
 
+tokenppo.collect_less_often()
 cluster.prepare_environment()
 
 from accelerate.commands.launch import launch_command, launch_command_parser  # noqa: E402

@@ -20,7 +20,7 @@ from accelerate.utils import DistributedType, InitProcessGroupKwargs
 
 from core.faults import ProcessFault, UserError
 from core.schema import Config
-from launch import cluster, placement
+from launch import cluster, compiled_ops, placement
 from trainer.ranks import Ranks
 
 
@@ -46,6 +46,8 @@ def join(cfg: Config, stack: ExitStack, note: Callable[[str], None]) -> tuple[Ac
     group = InitProcessGroupKwargs(timeout=timedelta(seconds=cfg.resources.collective_timeout_s))
     if device == "cpu":
         group.backend = "gloo"  # unnamed, every rank under DeepSpeed would take itself for the only one
+    if deepspeed:
+        compiled_ops.wait_for_compilers(note if rank == 0 else lambda _: None)
     try:
         accelerator = Accelerator(
             cpu=device == "cpu" and not deepspeed,

@@ -130,6 +130,7 @@ def _name_of(fn: Callable) -> str:
 
 
 if __name__ == "__main__":
+    tokenppo.collect_less_often()
     codes = os.environ.get(EXIT_CODE_FOLDER)
     if codes is not None:
         cluster.die_with_parent(os.getppid())

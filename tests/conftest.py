@@ -1,6 +1,33 @@
-"""Of all tests: hypothesis sets no deadline for an example, which measures the machine and what else runs on it."""
+"""Of all tests: no deadline for an example of hypothesis, which measures the machine; a failure is told when it is seen.
 
+A whole run takes an hour: who has to end it early has the names of what failed, and why.
+"""
+
+import pytest
 from hypothesis import settings
 
 settings.register_profile("tokenppo", deadline=None)
 settings.load_profile("tokenppo")
+
+
+class Failures:
+    """Writes one line for each failure as its report arrives, in the process that the terminal belongs to."""
+
+    def __init__(self, terminal: pytest.TerminalReporter) -> None:
+        self._terminal = terminal
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed:
+            crash = getattr(report.longrepr, "reprcrash", None)
+            why = str(crash.message if crash else report.longrepr).strip().replace("\n", " ")
+            self._terminal.ensure_newline()
+            self._terminal.write_line(
+                f"FAILED {report.nodeid} {report.when} after {report.duration:.0f} s: {why[:400]}"
+            )
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_configure(config: pytest.Config) -> None:
+    terminal = config.pluginmanager.get_plugin("terminalreporter")
+    if terminal is not None and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Failures(terminal), "failures")

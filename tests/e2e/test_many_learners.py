@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 
 import tiny_models
 from cards_run import ROOT, Run
+from launch import compiled_ops
 
 FILES = ROOT / "launch" / "accelerate"
 ENGINES = {"cpu": (1, "NO"), "ddp": (2, "MULTI_CPU"), "zero2": (2, "DEEPSPEED")}
@@ -156,8 +158,11 @@ def test_a_whole_run_trains_as_one_process_does(task, by_one, tmp_path, engine, 
 
 
 @pytest.mark.slow
-def test_a_sharded_run_goes_on_where_it_was_killed(task, tmp_path):
-    """SIGKILL of one rank: named, exit 3, all processes gone. The same command goes on and ends as if nothing was."""
+def test_a_sharded_run_goes_on_where_it_was_killed(task, tmp_path, monkeypatch):
+    """SIGKILL of one rank: named, exit 3, all processes gone. The same command goes on and ends as if nothing was.
+
+    Also where the kill left the lock at which every later start of DeepSpeed waits.
+    """
     whole = run(task, tmp_path / "whole", "zero2")
     assert whole.end(300) == 0, whole.words()
     broken = run(task, tmp_path / "broken", "zero2")
@@ -168,8 +173,14 @@ def test_a_sharded_run_goes_on_where_it_was_killed(task, tmp_path):
     assert "Traceback" not in broken.words() and "tokenppo: " in broken.words()
     _, alive = psutil.wait_procs(family, timeout=15)
     assert not alive
+    (built,) = compiled_ops.root().glob("**/deepspeed_shm_comm")
+    shutil.copytree(built, tmp_path / "compiled" / built.name, ignore=shutil.ignore_patterns("lock"))
+    abandoned = tmp_path / "compiled" / built.name / "lock"
+    abandoned.touch()
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "compiled"))
     again = run(task, tmp_path / "broken", "zero2")
     assert again.end(300) == 0, again.words()
+    assert f"removed {abandoned}" in again.words().replace("\n", "")
     assert again.summary()["resumed_from"] in (1, 2)
     same_training(again.rows(), whole.rows())
 
