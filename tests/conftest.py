@@ -1,4 +1,4 @@
-"""Of all tests: no deadline for an example of hypothesis, which measures the machine; a failure is told when it is seen.
+"""Of all tests: no deadline for an example of hypothesis, which measures the machine; failures are told at once.
 
 A whole run takes an hour: who has to end it early has the names of what failed, and why.
 """
@@ -21,9 +21,8 @@ class Failures:
             crash = getattr(report.longrepr, "reprcrash", None)
             why = str(crash.message if crash else report.longrepr).strip().replace("\n", " ")
             self._terminal.ensure_newline()
-            self._terminal.write_line(
-                f"FAILED {report.nodeid} {report.when} after {report.duration:.0f} s: {why[:400]}"
-            )
+            told = f"FAILED {report.nodeid} {report.when} after {report.duration:.0f} s"
+            self._terminal.write_line(f"{told}: {why[:400]}")
 
 
 @pytest.hookimpl(trylast=True)
