@@ -10,6 +10,7 @@
 | 5 | InvariantFault | training would go on with wrong numbers (stale weights, NaN); of `replay`: a stage differs |
 | 6 | StorageFault | a file of the run could not be written or read back whole |
 | 7 | UnmetRequirement | an evaluation does not show what `--require` asks for |
+| 8 | Paused | the run was asked to pause and has saved: the same command goes on |
 | 130 | | interrupted (Ctrl-C) |
 | 143 | | terminated (SIGTERM) |
 """
@@ -64,6 +65,14 @@ class UnmetRequirement(Fault):
     """An evaluation went well, and does not show what was asked of it: each line names one requirement and why."""
 
     exit_code = 7
+
+
+class Paused(Fault):
+    """A run was asked to pause (a file `pause` in its folder): it has saved, and the same command goes on. Raised on
+    every rank after the same step."""
+
+    exit_code = 8
+    known_to_all = True
 
 
 INTERRUPTED = 130

@@ -486,6 +486,10 @@ class ResourcesConfig(Section):
     """Ray's shared memory, where this run starts Ray."""
     ray_address: str | None = None
     """An existing Ray cluster to join; null starts one on this machine and ends it with the run."""
+    nodes: int = Field(1, ge=1)
+    """Nodes that must have joined the Ray cluster at `ray_address` before a model is loaded."""
+    join_timeout_s: float = Field(600, gt=0)
+    """How long the run waits for them."""
     reward_timeout_s: float = Field(300, gt=0)
     """Deadline for the scores of one chunk."""
     reward_servers: int = Field(1, ge=1, le=256)
@@ -507,6 +511,8 @@ class ResourcesConfig(Section):
 
         if self.reward_gpus and (self.reward_gpus < 0.01 or self.reward_gpus > 1 and self.reward_gpus % 1):
             refuse("reward_gpus", self.reward_gpus, "is 0, or a share of at least 0.01, or a number of whole GPUs")
+        if self.nodes > 1 and self.ray_address is None:
+            refuse("nodes", self.nodes, "does nothing without resources.ray_address: a Ray of the run's own is one node")
         if self.reward_placement == "apart" and not self.reward_gpus:
             refuse("reward_placement", "apart", "does nothing without resources.reward_gpus; set that, or leave it out")
         return self

@@ -74,16 +74,17 @@ def parse(argv: list[str]) -> TrainArguments:
     return args
 
 
-def take_overrides(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
-    """(What is left, dotted key -> value of each `--section.key value`). Raises UserError."""
-    left, rest, overrides = [], list(argv), {}
+def take_overrides(argv: list[str]) -> tuple[list[str], dict[str, Any], list[str]]:
+    """(What is left, dotted key -> value of each `--section.key value`, these as written). Raises UserError."""
+    left, rest, overrides, words = [], list(argv), {}, []
     while rest:
-        flag = rest.pop(0)
+        before, flag = list(rest), rest.pop(0)
         if flag.startswith("--") and "." in flag.partition("=")[0]:
             overrides |= _override(flag, rest)
+            words += before[: len(before) - len(rest)]
         else:
             left.append(flag)
-    return left, overrides
+    return left, overrides, words
 
 
 def _override(flag: str, rest: list[str]) -> dict[str, Any]:

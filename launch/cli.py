@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from core.faults import INTERRUPTED, TERMINATED, Fault, ProcessFault, UserError
@@ -55,7 +56,7 @@ def train(argv: list[str]) -> int:
         return 0
     early.refuse(cfg)
     prepare_hub(cfg)
-    return _launch(argv, args, cfg)
+    return launch(argv, args, cfg)
 
 
 def accelerate_config(cfg: Config) -> Path:
@@ -64,7 +65,9 @@ def accelerate_config(cfg: Config) -> Path:
     return arguments.accelerate_file("gpu" if gpu else "cpu")
 
 
-def _launch(argv: list[str], args: arguments.TrainArguments, cfg: Config) -> int:
+def launch(argv: list[str], args: arguments.TrainArguments, cfg: Config, *, machines: Sequence[str] = ()) -> int:
+    """The learner processes of this machine; returns what they end with. `machines`: options of accelerate launch for
+    a job on several."""
     with tempfile.TemporaryDirectory(prefix="tokenppo-") as scratch:
         codes = Path(scratch)
         # -P and PYTHONSAFEPATH: a folder `core` or `launch` where the user stands must not be taken for ours.
@@ -72,6 +75,7 @@ def _launch(argv: list[str], args: arguments.TrainArguments, cfg: Config) -> int
         command += ["--config_file", args.accelerate or str(accelerate_config(cfg))]
         if args.num_processes is not None:
             command += ["--num_processes", str(args.num_processes)]
+        command += machines
         command += ["--num_cpu_threads_per_process", str(cores()), "-m", "launch.train", *argv]
         environment = os.environ | {"PYTHONSAFEPATH": "1", EXIT_CODE_FOLDER: str(codes)}
         # In a session of its own: Ctrl-C reaches this process alone, which passes it on to the learner.

@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 import urllib.parse
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -242,6 +243,20 @@ def refuse_unreachable(address: str) -> None:
             f"resources.ray_address = {address}: no answer ({error.strerror or error}); start a cluster there"
             " (ray start --head), or leave the key out and the run has a Ray of its own"
         ) from None
+
+
+def wait_for_nodes(cfg: Config) -> None:
+    """Return once `resources.nodes` are in the Ray that this process is in. Raises ProcessFault after the deadline."""
+    import ray
+
+    wanted, deadline = cfg.resources.nodes, time.monotonic() + cfg.resources.join_timeout_s
+    while (there := sum(node["Alive"] for node in ray.nodes())) < wanted:
+        if time.monotonic() > deadline:
+            raise ProcessFault(
+                f"resources.nodes = {wanted}: {there} joined the cluster within {cfg.resources.join_timeout_s:g} s"
+                " (resources.join_timeout_s); see what Ray says on the others, or ask for fewer"
+            )
+        time.sleep(0.2)
 
 
 def adopt_orphans() -> None:

@@ -17,7 +17,7 @@ import numpy as np
 from rich.console import Console
 
 from core.diagnosis import Diagnosis, Facts
-from core.faults import INTERRUPTED, TERMINATED, StorageFault, UserError, exit_code_of
+from core.faults import INTERRUPTED, TERMINATED, Paused, StorageFault, UserError, exit_code_of
 from core.schema import Config
 from launch import build, cluster, early, environment, going_on, learners, room, run_folder, trained, under_way
 from launch.exchange import Exchange
@@ -259,14 +259,16 @@ def _train(
         nonlocal proof
         summary["steps"] = step
         # Means over all ranks are the same on each; that the run ends is said by one all the same.
-        reason = ranks.from_main(stopping.reason(means)) if step < cfg.run.steps else None
+        reason, paused = None, False
+        if step < cfg.run.steps:
+            reason, paused = ranks.from_main((stopping.reason(means), (folder / run_folder.PAUSE).exists()))
         uids_of_all = [uid for of_rank in ranks.gather(uids) for uid in of_rank]
         with ranks.together():
             if ranks.is_main:
                 proof = trained.append(folder, proof, step, uids_of_all)
         if reason is not None:
             summary.update(stopped=reason, limit=getattr(cfg.run, reason))
-        if step % cfg.run.save_every and step != cfg.run.steps and reason is None:
+        if step % cfg.run.save_every and step != cfg.run.steps and reason is None and not paused:
             return True
         with log.time("checkpoint"):
             with ranks.together():
@@ -295,6 +297,11 @@ def _train(
             checkpoint.save(where, learner, content, keep=keep, tables=tables)
             if trackers is not None:
                 trackers.checkpoint(where / f"step-{step}", step)
+        if paused and reason is None:
+            with ranks.together():
+                if ranks.is_main:
+                    (folder / run_folder.PAUSE).unlink(missing_ok=True)  # done; the next start goes on
+            raise Paused(f"paused after step {step}, as {folder / run_folder.PAUSE} asks; the same command goes on")
         return reason is None
 
     title = f"{cfg.run.name}: {Path(cfg.model.path).name} on {', '.join(Path(p).name for p in cfg.data.sources)}"
@@ -368,6 +375,7 @@ def _join_ray(job: Job, parts: ExitStack) -> Exchange | None:
     with ranks.together():
         if ranks.is_main:
             address = parts.enter_context(cluster.ray_session(cfg))
+            cluster.wait_for_nodes(cfg)
             if ranks.size > 1:
                 name = f"tokenppo-{uuid.uuid4().hex}"
                 exchange = Exchange.create(name, deadline)

@@ -25,6 +25,8 @@ TRACES = ("metrics.jsonl", CHECKPOINTS, trained.FILE, "best", "final")  # of a r
 # A run may be given more steps, or be stopped later; where its folder is, what of it is kept, and whether one may go on
 # with it, is no part of what it does.
 MAY_CHANGE = ("run.steps", "run.dir", "run.resume", "run.keep_checkpoints", "run.patience", "run.max_kl")
+MAY_CHANGE += ("resources.ray_address", "resources.nodes", "resources.join_timeout_s")
+PAUSE = "pause"  # a file that somebody made: the run saves after the step that it is in, and ends with exit code 8
 LOOK_S = 0.2  # longer than `at_work` ever holds a lock
 
 

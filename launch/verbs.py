@@ -28,7 +28,7 @@ class Verb:
     examples: tuple[str, ...]  # complete commands; the first in the list that --help ends with
     arguments: Callable[[argparse.ArgumentParser], None]
     do: Callable[[argparse.Namespace], int]  # gives the exit code; raises Fault
-    overrides: bool = False  # takes `--section.key value` too: args.overrides, dotted key -> value
+    overrides: bool = False  # takes `--section.key value` too: args.overrides, key -> value; args.words, as written
 
     def parser(self) -> argparse.ArgumentParser:
         examples = "".join(f"\n  {line}" for line in self.examples)
@@ -67,11 +67,11 @@ def parse(argv: list[str]) -> tuple[Verb, argparse.Namespace]:
         kind = "option" if name.startswith("-") else "verb"
         hint = _nearest(name, ["train", *(verb.name for verb in VERBS)])
         raise UserError(f"{name}: tokenppo has no such {kind}{hint or '; see tokenppo --help'}")
-    rest, overrides = argv[1:], {}
+    rest, overrides, words = argv[1:], {}, []
     if verb.overrides:
-        rest, overrides = arguments.take_overrides(rest)
+        rest, overrides, words = arguments.take_overrides(rest)
     args = verb.parser().parse_args(rest)
-    args.overrides = overrides
+    args.overrides, args.words = overrides, words
     return verb, args
 
 
@@ -293,6 +293,18 @@ def _sweep(args: argparse.Namespace) -> int:
     return main(args)
 
 
+def _submit_arguments(parser: argparse.ArgumentParser) -> None:
+    from launch.submit.command import add_arguments
+
+    add_arguments(parser)
+
+
+def _submit(args: argparse.Namespace) -> int:
+    from launch.submit.command import main
+
+    return main(args)
+
+
 VERBS = (  # in the order in which one needs them
     Verb(
         name="check-reward",
@@ -303,6 +315,19 @@ VERBS = (  # in the order in which one needs them
         ),
         arguments=_check_reward_arguments,
         do=_check_reward,
+    ),
+    Verb(
+        name="submit",
+        help="train on a cluster: make the job of SLURM, Ray or Kubernetes, and send it",
+        examples=(
+            "tokenppo submit slurm --config configs/cards.yaml --nodes 2 --gpus-per-node 8 --run.name first",
+            "tokenppo submit slurm --config configs/cards.yaml --nodes 2 --time 1:00:00 --dry-run",
+            "tokenppo submit ray --config configs/cards.yaml --address http://127.0.0.1:8265 --run.dir /shared/runs",
+            "tokenppo submit k8s --config configs/cards.yaml --nodes 2 --image tokenppo:cuda --dry-run",
+        ),
+        arguments=_submit_arguments,
+        do=_submit,
+        overrides=True,
     ),
     Verb(
         name="watch",
