@@ -75,8 +75,9 @@ def head(args: argparse.Namespace) -> int:
             early.refuse(cfg)
             write_token(args.meet / "token")
             ports = free_ports(3)
-            with ray_node(args, cfg.resources.object_store_mb, head_options(ports)) as address:
-                meeting = {"ray": address, "host": address.rpartition(":")[0], "learners": ports[2]}
+            folder = tempfile.mkdtemp(prefix="tp", dir="/tmp")  # short: a socket in it may have 107 bytes
+            with ray_node(args, cfg.resources.object_store_mb, head_options(ports, folder), folder) as address:
+                meeting = {"ray": address, "host": address.rpartition(":")[0], "learners": ports[2], "folder": folder}
                 run_folder.write_whole(args.meet / "head.json", json.dumps(meeting))
                 code = learners(args, meeting)
         except (Fault, KeyboardInterrupt, SystemExit) as error:
@@ -84,6 +85,7 @@ def head(args: argparse.Namespace) -> int:
                 print(f"tokenppo: {error}", file=sys.stderr, flush=True)
             code = exit_code_of(error)
     finally:
+        (args.meet / "token").unlink(missing_ok=True)
         run_folder.write_whole(args.meet / "end.json", json.dumps({"exit": code}))
     return code
 
@@ -98,7 +100,7 @@ def other(args: argparse.Namespace) -> int:
             store = arguments.parse(args.words).load().resources.object_store_mb
             agent = free_ports(1)[0]
             options = [f"--address={meeting['ray']}", f"--dashboard-agent-listen-port={agent}"]
-            with ray_node(args, store, options) as _:
+            with ray_node(args, store, options, meeting["folder"]):
                 if args.node < args.learner_nodes:
                     code = learners(args, meeting)
                 wait(lambda: (meet / "end.json").exists() or _ray_ended(), None, "the end of node 0")
@@ -123,9 +125,8 @@ def learners(args: argparse.Namespace, meeting: dict[str, Any]) -> int:
     return cli.launch(words, train, train.load(), machines=machines if ranks > 1 else [])
 
 
-def head_options(ports: list[int]) -> list[str]:
+def head_options(ports: list[int], folder: str) -> list[str]:
     """Of `ray start --head`, with `ports` of ours where Ray would take fixed ones."""
-    folder = tempfile.mkdtemp(prefix="tp", dir="/tmp")  # short: a socket in it may have 107 bytes
     return [
         "--head",
         "--port=0",
@@ -144,8 +145,9 @@ def _ray_ended() -> bool:
 
 
 @contextmanager
-def ray_node(args: argparse.Namespace, object_store_mb: int, options: list[str]) -> Iterator[str]:
-    """A Ray node up to the end of the block; gives the address of its cluster. Ends all that it started, by descent."""
+def ray_node(args: argparse.Namespace, object_store_mb: int, options: list[str], folder: str) -> Iterator[str]:
+    """A Ray node up to the end of the block; gives the address of its cluster. Ends all it started, by descent, and
+    moves Ray's logs from `folder`, where Ray has its files, to where the nodes meet."""
     log = args.meet / f"ray-node-{args.node}.log"
     command = [str(Path(sys.executable).parent / "ray"), "start", "--block", "--disable-usage-stats", *options]
     command += [f"--num-cpus={cluster.cores()}", f"--num-gpus={args.gpus}"]
@@ -166,11 +168,12 @@ def ray_node(args: argparse.Namespace, object_store_mb: int, options: list[str])
         wait(is_up, RAY_S, f"Ray on node {args.node}, which writes to {log}")
         yield _address(log.read_text(errors="replace"), options)
     finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one would leave half of it
         _started.remove(process)
         end_family(process)
-        for option in options:
-            if option.startswith("--temp-dir="):
-                shutil.rmtree(option.partition("=")[2], ignore_errors=True)
+        for logs in Path(folder).glob("session_2*/logs"):
+            shutil.copytree(logs, args.meet / f"ray-logs-node-{args.node}", dirs_exist_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _address(said: str, options: list[str]) -> str:

@@ -100,8 +100,15 @@ PartitionName=all Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP OverSubscrib
         munged += [f"--log-file={folder}/munge.log", f"--seed-file={folder}/munge.seed"]
         for name in ("state", "spool-n1", "spool-n2"):
             (folder / name).mkdir()
+        try:
+            self._begin(munged)
+        except BaseException:
+            self.end()
+            raise
+
+    def _begin(self, munged: list[str]) -> None:
         self._start(munged)
-        self.wait_for(lambda: (folder / "munge.socket").exists(), 30)
+        self.wait_for(lambda: (self.folder / "munge.socket").exists(), 30)
         self._start([_found("slurmctld") or "slurmctld", "-D", "-f", str(self.conf)])
         for name in ("n1", "n2"):
             self._start([_found("slurmd") or "slurmd", "-D", "-N", name, "-f", str(self.conf)])
@@ -142,8 +149,13 @@ PartitionName=all Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP OverSubscrib
         )
 
     def family(self) -> list[psutil.Process]:
-        """All that the daemons have started and that has not ended."""
-        return [p for daemon in self._daemons for p in psutil.Process(daemon.pid).children(recursive=True)]
+        """All that jobs have started and that has not ended."""
+        return [
+            process
+            for daemon in self._daemons
+            for process in psutil.Process(daemon.pid).children(recursive=True)
+            if process.name() != "slurmscriptd"  # slurmctld's own
+        ]
 
     def end(self) -> None:
         for daemon in reversed(self._daemons):
