@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by demo.sh, test.sh and docker/Dockerfile: leaves $python, a Python with tokenppo, in .venv beside pyproject.toml.
 # Does nothing where that is there already. PYTHON names the interpreter to start from (3.11 or newer), EXTRAS what comes
 # along, by the names in pyproject.toml: the tools of the tests, unless EXTRAS is set; set to nothing, nothing.

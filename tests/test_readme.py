@@ -19,7 +19,8 @@ TEXTS = [command.text for command in documented.commands()]
 
 def test_the_collector_knows_a_command_from_a_picture_and_a_sentence():
     assert "bash launch/demo.sh" in TEXTS and "source .venv/bin/activate" in TEXTS
-    assert any(text.startswith("CONFIG=") for text in TEXTS) and any(text.startswith("docker build ") for text in TEXTS)
+    assert any(text.startswith("tokenppo submit ") for text in TEXTS)
+    assert any(text.startswith("docker build ") for text in TEXTS)
     assert "tokenppo eval runs/demo --against base" in TEXTS  # in a sentence
     assert not any("Ray (started" in text or "results:" in text for text in TEXTS)
 

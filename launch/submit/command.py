@@ -74,6 +74,8 @@ def main(args: argparse.Namespace) -> int:
     for name, launchers in ONLY.items():
         if getattr(args, name) is not None and args.launcher not in launchers:
             raise UserError(f"--{name.replace('_', '-')}: is for tokenppo submit {' and '.join(launchers)}")
+    if args.rollout_nodes is not None and not 0 < args.rollout_nodes < args.nodes:
+        raise UserError(f"--rollout-nodes {args.rollout_nodes}: are some of the {args.nodes} --nodes; give fewer")
     job = Job.of(
         args.config,
         args.overrides,

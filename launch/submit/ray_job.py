@@ -24,17 +24,13 @@ ENDED = ("STOPPED", "FAILED", "SUCCEEDED")
 
 def entrypoint(job: Job, working_dir: Path | None) -> str:
     """What the cluster runs, for a shell. Raises UserError where it would not find what it names."""
-    if not Path(job.cfg.run.dir).is_absolute():
-        raise UserError(
-            f"run.dir = {job.cfg.run.dir}: give a folder that every node of the cluster sees, e.g. --run.dir"
-            " /shared/runs; the working folder of a job is deleted"
-        )
     config = job.config
     if config is not None and working_dir is not None:
         if not config.is_relative_to(working_dir):
             raise UserError(f"--config {config}: is not in --working-dir {working_dir}, which alone goes along")
         config = config.relative_to(working_dir)
-    words = ["tokenppo", "train", *job.train(config), "--resources.ray_address", "auto"]
+    # Absolute, as it is here: what a job writes into its working folder is deleted with it.
+    words = ["tokenppo", "train", *job.train(config), "--run.dir", job.cfg.run.dir, "--resources.ray_address", "auto"]
     if job.ranks > 1:
         words += ["--accelerate", job.accelerate, "--num-processes", str(job.ranks)]
     return shlex.join([*words, *(["--resources.nodes", str(job.nodes)] if job.nodes > 1 else [])])
@@ -53,14 +49,20 @@ def submit(job: Job, address: str, working_dir: Path | None, *, follow: bool) ->
     """
     described = description(job, working_dir)
     refuse_unanswered(address)
+    from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
     try:
         client = JobSubmissionClient(address)
         name = client.submit_job(submission_id=f"{job.name}-{secrets.token_hex(4)}", **described)
+    except AuthenticationError:
+        raise UserError(
+            f"--address {address}: the cluster refuses; is RAY_AUTH_TOKEN, or the file RAY_AUTH_TOKEN_PATH, the token"
+            " of that cluster?"
+        ) from None
     except (RuntimeError, ConnectionError, ValueError) as error:
         raise UserError(f"--address {address}: the cluster refuses: {_first(error)}") from None
-    print(f"{name}: sent to {address}; ray job stop {name} ends it", file=sys.stderr, flush=True)
+    print(f"{name}: sent to {address}; its run is in {job.cfg.run.folder} there", file=sys.stderr, flush=True)
     if not follow:
         print(name)
         return 0

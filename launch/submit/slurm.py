@@ -56,8 +56,6 @@ def script(job: Job, slurm: Slurm) -> str:
         raise UserError(f"--time {slurm.time}: wants what sbatch takes, such as 24:00:00 or 2-12:00:00")
     if slurm.save_before < 1:
         raise UserError(f"--save-before {slurm.save_before}: wants seconds, at least 1")
-    if not 0 <= slurm.rollout_nodes < job.nodes:
-        raise UserError(f"--rollout-nodes {slurm.rollout_nodes}: are some of the {job.nodes} --nodes; give fewer")
     if slurm.rollout_nodes and job.learner_nodes > job.nodes - slurm.rollout_nodes:
         raise UserError(
             f"--rollout-nodes {slurm.rollout_nodes}: of {job.nodes} nodes {job.learner_nodes} have learners; give"
@@ -88,7 +86,7 @@ def script(job: Job, slurm: Slurm) -> str:
             *_checked(slurm.rollout_options, "--rollout-sbatch"),
         ]
         groups.append(Group((f"nodes={slurm.rollout_nodes}", *own)))
-    runs = Path(job.cfg.run.dir).absolute()
+    runs = Path(job.cfg.run.dir)
     return render.template(
         "slurm.sh.j2",
         job=job,
@@ -96,7 +94,7 @@ def script(job: Job, slurm: Slurm) -> str:
         folder=str(runs / job.name),
         meet=str(runs / ".meet"),
         log=f"{job.name}-%j-node%n.log",
-        words=[*job.train(job.config), "--run.dir", str(runs)],
+        words=job.train(job.config),
         save_before=slurm.save_before,
         pause_file=run_folder.PAUSE,
         paused=Paused.exit_code,
@@ -109,8 +107,8 @@ def script(job: Job, slurm: Slurm) -> str:
 
 def _checked(options: tuple[str, ...], flag: str) -> list[str]:
     for option in options:
-        key, _, value = option.partition("=")
-        if not re.fullmatch(r"[a-z][a-z-]*", key) or (value and not VALUE.fullmatch(value)):
+        key, equals, value = option.partition("=")
+        if not re.fullmatch(r"[a-z][a-z-]*", key) or (equals and not VALUE.fullmatch(value)):
             raise UserError(f"{flag} {option!r}: wants KEY=VALUE of sbatch, without spaces, e.g. partition=gpu")
         if key in OURS:
             raise UserError(f"{flag} {option}: {key} is set from the other options of tokenppo submit slurm")

@@ -29,7 +29,7 @@ SMALL = {
     "ppo.micro_batch_size": "8",
 }
 # What another test runs for real, where more stands around it than a command: the whole demo, a cluster, SLURM's tools.
-RAY_JOB = "tests/e2e/test_templates.py::test_a_ray_job_trains_on_a_cluster_that_was_there"
+RAY_JOB = "tests/e2e/test_submit.py::test_a_job_trains_on_a_cluster_that_was_there"
 HTTP = "tests/e2e/test_reward_http.py"
 ELSEWHERE = {
     r"bash launch/demo\.sh": "tests/e2e/test_learning.py::test_the_demo_learns_to_state_facts_and_to_stop",
@@ -42,8 +42,7 @@ ELSEWHERE = {
         "tests/e2e/test_sweep.py::test_a_failing_trial_ends_no_other_and_a_larger_grid_trains_what_is_new"
     ),
     r"tokenppo serve-reward .*": f"{HTTP}::test_cards_are_rewarded_and_trained_over_http_as_in_process",
-    r".* sbatch .*slurm\.sh .*": "tests/e2e/test_templates.py::test_the_slurm_script_starts_the_trainer",
-    r".* bash launch/templates/ray_job\.sh .*": RAY_JOB,
+    r"tokenppo submit ray .*": RAY_JOB,
     r"tokenppo train .* --resources\.ray_address auto": RAY_JOB,
 }
 # Pattern -> what is run instead; groups as in re.sub. The first that matches the whole command counts.
@@ -55,6 +54,7 @@ RUN: dict[str, str | Callable[[str], str]] = {
     r"(tokenppo report runs/demo) runs/calm (-o \S+)": r"\1 runs/demo \2",
     r"(tokenppo eval .*?) --require .*": r"\1 --require 'reward/total > -1000'",
     r"(tokenppo replay .*) --step \d+": r"\1 --step 1",
+    r"(tokenppo submit slurm .* --dry-run)": r"\1 | bash -n",
     r"((?:tokenppo|python -m tokenppo|accelerate launch) .*)": lambda words: (
         small(words) if "train" in words else words
     ),
