@@ -512,7 +512,9 @@ class ResourcesConfig(Section):
         if self.reward_gpus and (self.reward_gpus < 0.01 or self.reward_gpus > 1 and self.reward_gpus % 1):
             refuse("reward_gpus", self.reward_gpus, "is 0, or a share of at least 0.01, or a number of whole GPUs")
         if self.nodes > 1 and self.ray_address is None:
-            refuse("nodes", self.nodes, "does nothing without resources.ray_address: a Ray of the run's own is one node")
+            refuse(
+                "nodes", self.nodes, "does nothing without resources.ray_address: a Ray of the run's own is one node"
+            )
         if self.reward_placement == "apart" and not self.reward_gpus:
             refuse("reward_placement", "apart", "does nothing without resources.reward_gpus; set that, or leave it out")
         return self
