@@ -3,6 +3,7 @@
 Each learner process runs this. Rank 0 owns the run folder, Ray, the trackers and the terminal; the others join its Ray.
 """
 
+import functools
 import json
 import os
 import sys
@@ -63,7 +64,7 @@ def run(cfg: Config, inline: Inline = NOTHING, *, lives_on: bool = True) -> RunR
     started = time.perf_counter()
     console = Console()
     with ExitStack() as stack, undisturbed_end(stack, lives_on):
-        accelerator, ranks = learners.join(cfg, stack, console.print)
+        accelerator, ranks = learners.join(cfg, stack, functools.partial(console.print, markup=False, soft_wrap=True))
         with ranks.together():
             job = Job(
                 cfg=cfg,

@@ -1,4 +1,4 @@
-"""The two commands of the README in a Debian that has python3 and nothing else: no compiler, no git, no HOME of anybody."""
+"""The two commands of the README in a Debian that has python3 and nothing else: no compiler, no git, no cache."""
 
 import os
 import re
@@ -27,7 +27,8 @@ def mirror() -> str | None:
     """Where this machine's apt finds Debian's packages."""
     if shutil.which("apt-get") is None:
         return None
-    said = subprocess.run(["apt-get", "indextargets", "--format", "$(SITE)"], capture_output=True, text=True, timeout=60)
+    command = ["apt-get", "indextargets", "--format", "$(SITE)"]
+    said = subprocess.run(command, capture_output=True, text=True, timeout=60)
     return next((site for site in said.stdout.split() if re.fullmatch(r"https?://\S+/debian/?", site)), None)
 
 
