@@ -161,8 +161,7 @@ def test_a_whole_run_trains_as_one_process_does(task, by_one, tmp_path, engine, 
 def test_a_sharded_run_goes_on_where_it_was_killed(task, tmp_path, monkeypatch):
     """SIGKILL of one rank: named, exit 3, all processes gone. The same command goes on and ends as if nothing was.
 
-    Also where the kill left the lock at which every later start of DeepSpeed waits. What it is compared with was asked to
-    pause once, and saved.
+    Also where the kill left the lock at which every later start of DeepSpeed waits. The other was asked to pause once.
     """
     (tmp_path / "whole").mkdir()
     (tmp_path / "whole" / "pause").touch()
