@@ -146,7 +146,8 @@ def _besides(sharding: Sharding, trained: int, whole: int, device: str) -> float
     zero0  a flat copy of up to one bucket for the all-reduce
     zero1, zero2   a copy of the rank's weights for the optimizer even in float32 (single_partition_of_fp32_groups),
            its gradients flat for the step, and a bucket: a GPU gives it whole, a CPU only what is written of it
-    zero3  a bucket, and parameters that are gathered and kept because they are read again soon, up to MAX_LIVE
+    zero3  a bucket, what is in it once more (reduce_scatter_coalesced joins it by rank), and parameters that are
+           gathered and kept because they are read again soon, up to MAX_LIVE
     fsdp2  two layers that are gathered; the largest there is an eighth of a small model, less of a large one
     """
     bucket = min(trained, REDUCE_BUCKET) if device == "cpu" else REDUCE_BUCKET
@@ -156,7 +157,7 @@ def _besides(sharding: Sharding, trained: int, whole: int, device: str) -> float
         "zero0": min(trained, REDUCE_BUCKET),
         "zero1": 2 * trained / sharding.ranks + bucket,
         "zero2": 2 * trained / sharding.ranks + bucket,
-        "zero3": bucket + min(whole, MAX_LIVE),
+        "zero3": bucket + min(trained, REDUCE_BUCKET) + min(whole, MAX_LIVE),
         "fsdp2": whole / 4,
     }[sharding.kind]
 

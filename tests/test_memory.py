@@ -51,7 +51,7 @@ def learner(kind: str = "one", ranks: int = 1, device: str = "cpu", **settings: 
         ("zero0", 1, 1, 2, 1),  # flat, for the all-reduce
         ("zero1", 1, 1, 0.5, 1.5),  # a bucket; a quarter of the weights and of the gradients again
         ("zero2", 1, 0.25, 0.5, 1.5),
-        ("zero3", 0.25, 0.25, 0.5, 2),  # a bucket, and all of so small a model gathered
+        ("zero3", 0.25, 0.25, 0.5, 3),  # a bucket, its copy by rank, and all of so small a model gathered
         ("fsdp2", 0.25, 0.25, 0.5, 0.25),
     ],
 )
@@ -77,7 +77,7 @@ def test_a_gpu_gives_deepspeeds_bucket_whole_and_a_cpu_what_is_written_of_it():
 def test_zero3_gathers_no_more_than_its_limit():
     large = ModelShape(**(SHAPE.__dict__ | {"parameters": 7_000_000_000}))
     it = memory.learner(configured(), large, Sharding(kind="zero3", ranks=8), "cuda")
-    assert it.buffers == 4 * (500_000_000 + 1_000_000_000) and it.weights == 4 * (7_000_000_000 + HEAD) / 8
+    assert it.buffers == 4 * (2 * 500_000_000 + 1_000_000_000) and it.weights == 4 * (7_000_000_000 + HEAD) / 8
 
 
 def test_value_functions():

@@ -121,7 +121,7 @@ CHECKS = (
     ),
     Check(
         name="config",
-        looks_at="with a configuration: all that `tokenppo train --dry-run` asks",
+        looks_at="with a configuration: all that `--dry-run` asks",
         says="FAIL: what that refuses",
         look=fit.look_at_config,
         deadline_s=120,

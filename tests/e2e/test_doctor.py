@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -102,10 +103,10 @@ def test_what_is_wrong_is_found_and_no_secret_is_said(home):
 @pytest.mark.slow
 def test_a_cluster_with_a_token_is_told_from_one_that_wants_another(tmp_path):
     """A real Ray; what its GCS says to a token, to another one, and to none."""
-    port = _free_port()
+    port, place = _free_port(), tempfile.TemporaryDirectory(prefix="ray-")  # its sockets want short paths
     environment = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "a1" * 32, "RAY_worker_niceness": "0"}
     command = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", f"--port={port}"]
-    command += ["--include-dashboard=false", "--num-cpus=0", "--disable-usage-stats", f"--temp-dir={tmp_path / 'ray'}"]
+    command += ["--include-dashboard=false", "--num-cpus=0", "--disable-usage-stats", f"--temp-dir={place.name}"]
     command += ["--object-store-memory=80000000"]
     with open(tmp_path / "out", "wb") as out:
         head = subprocess.Popen(command, env=environment, stdout=out, stderr=subprocess.STDOUT)
@@ -124,6 +125,7 @@ def test_a_cluster_with_a_token_is_told_from_one_that_wants_another(tmp_path):
     finally:
         head.send_signal(signal.SIGTERM)
         head.wait(60)
+        place.cleanup()
 
 
 def _free_port() -> int:
