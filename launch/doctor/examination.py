@@ -235,9 +235,9 @@ def line(name: str, finding: Finding) -> str:
     status, indent = f"{finding.status:<4}", 6 + WIDTH + 2
     if sys.stdout.isatty():
         columns = max(60, shutil.get_terminal_size().columns)
-        text = textwrap.fill(
-            text, columns - indent, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False
-        )
+        edge = " " * indent
+        settings = {"break_long_words": False, "break_on_hyphens": False}
+        text = textwrap.fill(text, columns, initial_indent=edge, subsequent_indent=edge, **settings).lstrip()
         if "NO_COLOR" not in os.environ:
             status = f"\033[{COLOURS[finding.status]}m{status}\033[0m"
     return f"{status}  {name:<{WIDTH}}  {text}"

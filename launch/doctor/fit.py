@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from core.faults import Fault
+from core.faults import Fault, ProcessFault
 from core.schema import Config
 from launch import memory, placement
 from launch.doctor import devices
@@ -53,9 +53,8 @@ def places(cfg: Config, shape: ModelShape, sharding: Sharding, machine: Machine)
     if machine.device == "cpu":
         certain = on_host + n * one.states + w * worker.weights
         most = on_host + n * one.most + w * worker.most
-        parts = (
-            f"{who}; a learner {gib(one.states)} + at most {gib(one.most - one.states)}, a worker {gib(worker.most)}"
-        )
+        parts = f"{who}; a learner {gib(one.states)} and at most {gib(one.most - one.states)} more"
+        parts += f", a worker {gib(worker.most)}" if w else ""
         return [Place(name="memory", room=machine.host, certain=certain, most=most, who=parts)]
     found = [Place(name="memory of the host", room=machine.host, certain=on_host, most=on_host, who=who)]
     return found + list(_on_gpus(cfg, one, worker, machine))
@@ -165,7 +164,10 @@ def look_at_config(situation: Situation) -> list[Finding]:
     """All that `--dry-run` asks."""
     from launch.plan import plan
 
-    words = plan(situation.cfg, situation.sharding.ranks, situation.sharding)  # a Fault is a FAIL, as of every check
+    try:
+        words = plan(situation.cfg, situation.sharding.ranks, situation.sharding)  # a UserError is a FAIL of this check
+    except ProcessFault:
+        return [warn("not looked at to the end: no Ray answers", "see the line of Ray")]
     of_model, *_, of_run = [" ".join(line.split()[1:]) for line in words.splitlines() if line[:5] in ("model", "run  ")]
     return [ok(f"{of_model}; {of_run}; --dry-run shows all of it")]
 
