@@ -9,6 +9,7 @@ from core.config import load, nearest_key, parse_override, read_yaml, type_name
 from core.faults import UserError
 from core.reward_name import RewardName
 from core.schema import Config, leaf_keys
+from launch.memory import Sharding
 
 FLAGS = ("accelerate", "config", "dry-run", "help", "num-processes", "reward")
 ACCELERATE_FILES = Path(__file__).parent / "accelerate"
@@ -29,6 +30,11 @@ class TrainArguments:
         if self.accelerate is None or self.num_processes is not None:
             return self.num_processes or 1
         return int(read_yaml(Path(self.accelerate)).get("num_processes") or 1)
+
+    @property
+    def sharding(self) -> Sharding:
+        """How those processes share what they hold."""
+        return Sharding.of({} if self.accelerate is None else read_yaml(Path(self.accelerate)), self.learners)
 
     def load(self) -> Config:
         return load(self.config, self.overrides)

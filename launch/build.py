@@ -13,6 +13,7 @@ from core.reward_name import RewardName
 from core.schema import Config
 from launch import early, environment, interpreter
 from launch.cluster import thread_plan
+from launch.memory import ModelShape
 from launch.reservation import NO_SEATS, Seats
 from reward_server.client import RewardClient
 from reward_server.reference import ReferenceSpec
@@ -42,8 +43,8 @@ def model_config(path: str) -> Any:
     return from_pretrained(AutoConfig, path, "model configuration")
 
 
-def model_size(path: str) -> tuple[int, int, int]:
-    """Parameters, layers and vocabulary of a model, from its configuration alone: nothing is allocated.
+def model_shape(path: str) -> ModelShape:
+    """What `launch/memory.py` reads of a model, from its configuration alone: nothing is allocated.
 
     Raises UserError if it is no causal LM.
     """
@@ -59,7 +60,39 @@ def model_size(path: str) -> tuple[int, int, int]:
             f"model.path = {path}: a model of type {config.model_type} is no causal language model; give one that"
             " AutoModelForCausalLM loads"
         ) from None
-    return model.num_parameters(), config.num_hidden_layers, config.vocab_size
+    return shape_of(model)
+
+
+def shape_of(lm: Any) -> ModelShape:
+    """The shape of a causal LM of transformers; its tensors may be on `meta`."""
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer
+
+    from trainer.model import changes_logits
+
+    config, head = lm.config.get_text_config(), lm.get_output_embeddings()
+    linears = {
+        name: tuple(m.weight.shape)
+        for name, m in lm.named_modules()
+        if isinstance(m, nn.Linear | Conv1D) and m is not head
+    }
+    heads = config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    own_head = head.weight is not lm.get_input_embeddings().weight
+    n = lm.num_parameters()
+    return ModelShape(
+        parameters=n,
+        trunk=n - (head.weight.numel() if own_head else 0),
+        layers=config.num_hidden_layers,
+        hidden=config.hidden_size,
+        inner=getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * config.hidden_size,
+        query=heads * width,
+        key=(getattr(config, "num_key_value_heads", None) or heads) * width,
+        vocabulary=config.vocab_size,
+        linears=tuple((name, *shape) for name, shape in linears.items()),
+        window=getattr(config, "max_position_embeddings", None),
+        fused=not changes_logits(config),
+    )
 
 
 def response_room(cfg: Config) -> int | None:

@@ -49,7 +49,7 @@ def train(argv: list[str]) -> int:
     if args.dry_run:
         from launch.plan import plan
 
-        print(plan(cfg, args.learners))
+        print(plan(cfg, args.learners, args.sharding))
         return 0
     if run_folder.examine(cfg).finished:
         print(run_folder.farewell(cfg.run.folder, run_folder.read_summary(cfg.run.folder), was_finished=True))

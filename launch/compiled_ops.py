@@ -36,7 +36,7 @@ def wait_for_compilers(note: Callable[[str], None], *, deadline_s: float = 600.0
     """
     folder = folder or root()
     until, told = time.monotonic() + deadline_s, False
-    while held := [lock for lock in [*folder.glob("*/lock"), *folder.glob("*/*/lock")] if not _is_free(lock, note)]:
+    while held := [lock for lock in _locks(folder) if not _is_free(lock, note)]:
         if time.monotonic() > until:
             raise ProcessFault(
                 f"{held[0]}: another process has been compiling there for {deadline_s:.0f} s; if there is none, remove"
@@ -48,8 +48,22 @@ def wait_for_compilers(note: Callable[[str], None], *, deadline_s: float = 600.0
         time.sleep(0.2)
 
 
-def _is_free(lock: Path, note: Callable[[str], None]) -> bool:
-    """Whether `lock` is gone, by its holder or, where that is no more, by us."""
+def locks(folder: Path | None = None) -> tuple[list[Path], list[Path]]:
+    """(Locks that nobody holds any more, locks that may be held). Removes none."""
+    abandoned, held = [], []
+    for lock in _locks(folder or root()):
+        seen = _unheld(lock)
+        if seen is not None:
+            (abandoned if seen else held).append(lock)
+    return abandoned, held
+
+
+def _locks(folder: Path) -> list[Path]:
+    return [*folder.glob("*/lock"), *folder.glob("*/*/lock")]
+
+
+def _unheld(lock: Path) -> bool | None:
+    """Whether nobody holds `lock`; None where it is gone. Looks twice, LETTING_GO_S apart, before it says so."""
     try:
         seen = lock.stat()
         if _is_held(lock):
@@ -60,9 +74,16 @@ def _is_free(lock: Path, note: Callable[[str], None]) -> bool:
         time.sleep(LETTING_GO_S)
         now = lock.stat()
     except FileNotFoundError:
-        return True
-    if (now.st_ino, now.st_ctime_ns) != (seen.st_ino, seen.st_ctime_ns) or _is_held(lock):
-        return False  # a new one: somebody began meanwhile
+        return None
+    # Another file: somebody began meanwhile.
+    return (now.st_ino, now.st_ctime_ns) == (seen.st_ino, seen.st_ctime_ns) and not _is_held(lock)
+
+
+def _is_free(lock: Path, note: Callable[[str], None]) -> bool:
+    """Whether `lock` is gone, by its holder or, where that is no more, by us."""
+    unheld = _unheld(lock)
+    if unheld is not True:
+        return unheld is None
     lock.unlink(missing_ok=True)
     note(f"removed {lock}: the process that compiled there is no more")
     return True

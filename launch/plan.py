@@ -1,14 +1,13 @@
 """What a run would do, in words and numbers, without doing any of it: `tokenppo train --dry-run`."""
 
 from core.schema import Config, RewardConfig
-from launch import cluster, early, environment, placement, room, under_way
+from launch import cluster, early, environment, memory, placement, room, under_way
+from launch.memory import Sharding, gib
 from rollout.prompts import leak
 
-GIB = 2**30
 
-
-def plan(cfg: Config, learners: int = 1) -> str:
-    """The plan as text, for so many learner processes. Writes nothing.
+def plan(cfg: Config, learners: int = 1, sharding: Sharding | None = None) -> str:
+    """The plan as text, for so many learner processes that share their states as `sharding` says. Writes nothing.
 
     Raises UserError for all that a run would check before it starts processes, the quick checks first.
     """
@@ -27,24 +26,23 @@ def plan(cfg: Config, learners: int = 1) -> str:
     under_way.refuse_columns(cfg, prompts)
     if columns is None:  # rows that were not read before: of a dataset id, or a large file
         early.check_rewards(cfg, columns=prompts.columns)
-    n_parameters, n_layers, n_vocab = build.model_size(cfg.model.path)
-    room.refuse_too_little(cfg, n_parameters)
+    shape = build.model_shape(cfg.model.path)
+    room.refuse_too_little(cfg, shape.parameters)
     learner_threads, worker_threads = cluster.thread_plan(cfg, learners)
     batch, mini, micro = cfg.rollout.batch_size, cfg.ppo.mini_batch_size, cfg.ppo.micro_batch_size
     n_mini = batch // mini
-    # float32: weights, gradients, two moments of AdamW; then the frozen reference.
-    learner = n_parameters * 4 * 5
-    width = 4 if cfg.model.dtype == "float32" else 2
-    logits = micro * cfg.rollout.max_new_tokens * n_vocab * 4 * 3
+    learner = memory.learner(cfg, shape, sharding or Sharding.of({}, learners), device)
+    worker = memory.worker(cfg, shape, device)
     servers = learners * cfg.resources.reward_servers
     rewards = ", ".join(f"{name} x {_weight(spec)}" for name, spec in cfg.rewards.items())
     least, most = (f"{n:.1f}" for n in prompts.visits(cfg.run.steps * cfg.prompts_per_step))
     seen = f"each {least}" if least == most else f"each between {least} and {most}"
     store = f"{cfg.resources.object_store_mb} MiB" if cfg.resources.ray_address is None else cfg.resources.ray_address
     vllm = cfg.rollout.engine == "vllm"
-    of_worker = n_parameters * width / GIB
+    synced = shape.parameters * (4 if cfg.model.dtype == "float32" else 2)
     lines = [
-        f"model      {cfg.model.path}: {n_parameters / 1e6:.2f} M parameters, {n_layers} layers, {cfg.model.dtype}",
+        f"model      {cfg.model.path}: {shape.parameters / 1e6:.2f} M parameters, {shape.layers} layers,"
+        f" {cfg.model.dtype}",
         f"prompts    {len(prompts.rows)} rows of {cfg.data.label}; the run sees {seen} times",
         f"held out   {min(cfg.data.eval_prompts, len(held_out.rows))} of {len(held_out.rows)} rows of"
         f" {cfg.data.eval_path or cfg.data.label}, before, every {cfg.run.eval_every} steps, after"
@@ -64,10 +62,11 @@ def plan(cfg: Config, learners: int = 1) -> str:
         f" optimizer steps; forward passes of {micro}",
         f"run        {cfg.run.steps} steps, {cfg.optimizer_steps} optimizer steps,"
         f" lr {cfg.optim.lr:g} {cfg.optim.schedule}",
-        f"memory     each learner about {learner / GIB:.2g} GiB for weights, gradients, AdamW and reference, and"
-        f" {logits / GIB:.2g} GiB for logits; each worker {of_worker:.2g} GiB for weights"
-        + (", the same on the host, and keys and values" if vllm else ""),
-        f"shared     {store} for Ray's objects; a weight sync passes {of_worker:.2g} GiB through it,"
+        f"memory     each learner about {gib(learner.states)} for weights, gradients, AdamW and reference, and at most"
+        f" {gib(learner.activations + learner.logits)} for activations and logits;",
+        f"           each worker about {gib(worker.weights)} for weights, at most {gib(worker.cache)} for keys, values"
+        + (f", and {gib(worker.host)} on the host" if vllm and worker.host else ""),
+        f"shared     {store} for Ray's objects; a weight sync passes {gib(synced)} through it,"
         " and what does not fit goes over the disk",
         f"files      {cfg.run.folder}/: config.yaml, metrics.jsonl, summary.json, checkpoints/, best/, final/"
         + (f"; {', '.join(cfg.log.trackers)}" if cfg.log.trackers else ""),

@@ -80,7 +80,7 @@ def run(cfg: Config, inline: Inline = NOTHING, *, lives_on: bool = True) -> RunR
         with ranks.together():
             found = run_folder.examine(cfg) if ranks.is_main else None
             if ranks.is_main:
-                room.refuse_too_little(cfg, build.model_size(cfg.model.path)[0])
+                room.refuse_too_little(cfg, build.model_shape(cfg.model.path).parameters)
         found = ranks.from_main(found)
         if found.finished:
             return RunResult(job.folder, run_folder.read_summary(job.folder), was_finished=True)

@@ -268,6 +268,20 @@ def _health(args: argparse.Namespace) -> int:
     return 0
 
 
+def _doctor_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", metavar="F", help="the configuration to look for: does it fit here")
+    parser.add_argument("--accelerate", metavar="FILE", help="as for train: how learners share their memory")
+    parser.add_argument("--num-processes", metavar="N", help="as for train: how many learners")
+    parser.add_argument("--reward", metavar="FN=WEIGHT", action="append", default=[], help="as for train")
+    parser.add_argument("--json", action="store_true", help="the findings as one JSON object")
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from launch.doctor.examination import main
+
+    return main(args)
+
+
 def _sweep_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="F", type=Path, required=True, help="what all trials have in common")
     parser.add_argument(
@@ -306,6 +320,18 @@ def _submit(args: argparse.Namespace) -> int:
 
 
 VERBS = (  # in the order in which one needs them
+    Verb(
+        name="doctor",
+        help="what keeps this machine from training, each with a remedy; exit 0 if nothing does, else 2 or 3",
+        examples=(
+            "tokenppo doctor",
+            "tokenppo doctor --config configs/cards.yaml --accelerate zero2 --optim.lr 3e-4",
+            "tokenppo doctor --resources.ray_address 10.0.0.1:6379 --json",
+        ),
+        arguments=_doctor_arguments,
+        do=_doctor,
+        overrides=True,
+    ),
     Verb(
         name="check-reward",
         help="try a reward function on samples: is it sound, what does it pay",

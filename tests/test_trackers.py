@@ -17,7 +17,7 @@ from core.schema import Config
 from launch import trackers as module
 from launch.shown import HIDDEN, shown
 from launch.trackers import Trackers
-from launch.wandb_tracker import logged_in
+from launch.wandb_login import logged_in
 from tests import exhibits, wandb_file
 from tests.tracker_job import JOB, ROOT, ids, jobs_in, notes, scalars, settings, steps
 from trainer.run_log import AlreadySaid, RunLog

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from core import pretrained
@@ -37,6 +37,11 @@ _AFTER_THE_HEAD = (
     "lm_head_multiplier",
     "output_logit_soft_cap",
 )
+
+
+def changes_logits(config: PretrainedConfig) -> bool:
+    """Whether a setting of the (text) model changes its logits after the output layer."""
+    return any(getattr(config, name, None) not in (None, 1, 1.0) for name in _AFTER_THE_HEAD)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,7 +202,7 @@ class CausalForward:
     @torch.no_grad()
     def _head_is_one_product(self) -> bool:
         head, config = self.head, self.lm.config.get_text_config()
-        if any(getattr(config, name, None) not in (None, 1, 1.0) for name in _AFTER_THE_HEAD):
+        if changes_logits(config):
             return False
         if not isinstance(getattr(head, "weight", None), Tensor) or not hasattr(head, "bias"):
             return False

@@ -198,7 +198,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(task, tmp_path):
     for words in (
         "8 prompts x 2 samples = 16 responses",
         "2 epochs x 2 mini-batches of 8",
-        "GiB",
+        "MiB for weights, gradients, AdamW and reference",
         "12 optimizer steps",
     ):
         assert words in done.stdout

@@ -38,6 +38,7 @@ ELSEWHERE = {
         "tests/e2e/test_vllm.py::test_a_run_on_cards_trains_with_vllm_and_passes_its_own_checks"
     ),
     r"docker (build|run|cp) .*": "tests/e2e/test_docker_steps.py::test_the_cpu_image_can_be_made_and_is_well",
+    r"tokenppo doctor.*": "tests/e2e/test_doctor.py::test_a_machine_that_is_well_in_words",
     r"tokenppo sweep .*": (
         "tests/e2e/test_sweep.py::test_a_failing_trial_ends_no_other_and_a_larger_grid_trains_what_is_new"
     ),
@@ -65,6 +66,7 @@ RUN: dict[str, str | Callable[[str], str]] = {
         r"\1 --tasks cards --values shared --seeds 1 --steps 1 --json curves.json --png curves.png"
     ),
     r"(python benchmarks/ledger\.py)": r"\1 --steps 2 --fractions 1",
+    r"(python benchmarks/memory_estimate\.py).*": r"\1 --only one",
     r"(python benchmarks/reward\.py)": r"\1 --only codec --rounds 1 --tokens 4096",
     r"(python benchmarks/rollout\.py) .*": (
         r"\1 --json out.json --sizes 1.1M --lengths equal --batch 4 --tokens 8 --turns 1"
