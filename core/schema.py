@@ -486,6 +486,9 @@ class ResourcesConfig(Section):
     """Ray's shared memory, where this run starts Ray."""
     ray_address: str | None = None
     """An existing Ray cluster to join; null starts one on this machine and ends it with the run."""
+    insecure: bool = False
+    """Join or start a Ray that asks nobody for a token all the same, with RAY_AUTH_MODE=disabled in the environment.
+    What is given up: whoever reaches its address runs code as you, and reads and changes all that this run does."""
     reward_timeout_s: float = Field(300, gt=0)
     """Deadline for the scores of one chunk."""
     reward_servers: int = Field(1, ge=1, le=256)
