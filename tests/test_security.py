@@ -37,9 +37,8 @@ from trainer.panel import View, panel
 ROOT = Path(__file__).parents[1]
 LEAST = {"model.path": "m", "data.path": "d.jsonl", "rewards.mine.fn": "r.py:f"}
 HOSTILE = ["\x1b[2J", "\x1b]0;owned\x07", "\r", "\x9b31m", "\b\b", "\x00", "\u202e", "\x1b]52;c;ZWNobw==\x07", "a\nb"]
-TEXTS = st.text(max_size=40) | st.sampled_from(
-    ["", ".", "..", "-x", "/", "a/../..", "../x", "a\n", "a\x00b", "~", "é", "CON"]
-)
+NAMES = ["", ".", "..", "-x", "/", "a/../..", "../x", "a\n", "a\x00b", "~", "é", "CON"]
+TEXTS = st.text(max_size=40) | st.sampled_from(NAMES)
 
 
 # -------------------------------------------------------------------------------------------------------- secrets
@@ -82,14 +81,7 @@ def test_a_reward_server_takes_its_token_from_a_file_or_the_environment_alone(fn
 
 
 def test_what_only_sounds_like_a_secret_passes():
-    fine = {
-        "stop_token": "<|im_end|>",
-        "key": "answer",
-        "max_tokens": 3,
-        "token": "</s>",
-        "token_file": "t",
-        "keys": "a",
-    }
+    fine = {"stop_token": "<|im_end|>", "key": "answer", "max_tokens": 3, "token": "</s>", "token_file": "t"}
     for name, value in (fine | {"api_key": None, "password": "", "sort_key": "the_name_of_a_column"}).items():
         assert not is_secret(name, value), name
     assert config.load(None, LEAST | {"rewards.mine.options": fine}).rewards["mine"].options == fine
@@ -135,7 +127,7 @@ def test_what_is_planted_is_found_in_every_kind_of_file(tmp_path):
     assert raw not in (tmp_path / "run-l.wandb").read_bytes(), "it lies across the end of a block"
     found = canaries.hits({"it": canary}, canaries.files(tmp_path))
     for name in [*planted, "i.parquet", "j.parquet", "k.bin", "run-l.wandb"]:
-        assert any(f"{tmp_path / name} " in hit for hit in found), f"nothing was seen in {name}: {found}"
+        assert any(f" {tmp_path / name}" in hit for hit in found), f"nothing was seen in {name}: {found}"
     assert not canaries.hits({"another": canary[::-1]}, canaries.files(tmp_path))
 
 
@@ -218,7 +210,7 @@ def test_a_manifest_of_what_lies_elsewhere_is_damage(tmp_path):
             if name.startswith(link):
                 (place / link).symlink_to(target)
         assert checkpoint.damage_of(place, only=False), name
-        assert checkpoint.latest.__doc__ and checkpoint.damage_of(place), name
+        assert checkpoint.damage_of(place), name
         for link in ("link", "folder"):
             (place / link).unlink(missing_ok=True)
     (written(tmp_path / "step-1", {"y": b"data"}) / "y").write_bytes(b"data")
@@ -278,9 +270,7 @@ def test_nothing_is_unpickled(path):
             outer.name
             for outer in tree.body
             for node in ast.walk(outer)
-            if isinstance(node, ast.Attribute)
-            and node.attr in ("loads", "load")
-            and ast.unparse(node.value) == "pickle"
+            if isinstance(node, ast.Attribute) and ast.unparse(node) in ("pickle.loads", "pickle.load")
         }
         assert found == {"pickle"} and loads == {"serve"}, "only the child reads pickle, from its parent"
     else:
@@ -374,9 +364,7 @@ def test_a_ray_of_ones_own_without_a_token_is_refused_unless_one_says_so(home, m
     cfg = config.load(None, LEAST)
     ray_auth.refuse_unset(cfg)
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    with pytest.raises(
-        UserError, match="RAY_AUTH_MODE = disabled: .* runs code as its user.*--resources.insecure true"
-    ):
+    with pytest.raises(UserError, match="RAY_AUTH_MODE = disabled: .* runs code as its user.*--resources.insecure"):
         ray_auth.refuse_unset(cfg)
     ray_auth.refuse_unset(config.load(None, LEAST | {"resources.insecure": "true"}))
 

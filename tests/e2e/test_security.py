@@ -193,7 +193,7 @@ def test_no_secret_is_written_anywhere(monkeypatch):
         made = folder / "runs" / "mine"
         assert (made / "report.html").is_file() and list(made.glob("ledger/*")) and (made / "final").is_dir()
         assert list(made.rglob("*.wandb")) and list(made.rglob("events.out.tfevents.*"))
-        assert list(made.glob("checkpoints/step-1/learner/*")) and "brief" in served.log.read_text() + words
+        assert list(made.glob("checkpoints/step-1/learner/*")) and "results: " in words
         session = [path for path in folder.rglob("session_*/logs/*") if path.is_file()]
         assert {"gcs_server.out", "raylet.out"} <= {path.name for path in session}
         assert any("gcs_server" in line for line in family.lines) and any("wandb-core" in line for line in family.lines)
