@@ -29,7 +29,7 @@ def main(argv: list[str]) -> int:
         if argv[0] == "train":
             return train(argv[1:])
         verb, args = verbs.parse(argv)
-        return verb.do(args)
+        return verb.start(args)
     except Fault as error:
         for line in str(error).splitlines():
             print(f"tokenppo: {one_line(line)}", file=sys.stderr)

@@ -218,6 +218,16 @@ MISTAKES: dict[str, tuple[list[str], dict[str, str], list[str]]] = {
         ["rollout.python", "has no vllm", "launch/vllm_venv.sh"],
     ),
     "sleep of the embedded engine": (["--rollout.sleep", "true"], {}, ["rollout.sleep = true", "rollout.engine"]),
+    "a secret in an option": (
+        ["--rewards.mine.options.api_key", "hunter2"],
+        {},
+        ["rewards.mine.options.api_key", "is a secret by its name", "environment or a file"],
+    ),
+    "a token for a reward server": (
+        ["--rewards.mine.fn", "http://127.0.0.1:1", "--rewards.mine.options.token", "hunter2"],
+        {},
+        ["rewards.mine.options.token", "is a secret by its name", "token_file"],
+    ),
     "no accelerate file": (["--accelerate", "zero9"], {}, ["--accelerate zero9", "zero2"]),
     "processes without a file": (["--num-processes", "2"], {}, ["--num-processes 2", "--accelerate"]),
 }
