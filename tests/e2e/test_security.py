@@ -1,5 +1,6 @@
 """What SECURITY.md promises of real processes: who is let in, and where no secret is ever written."""
 
+import http.client
 import json
 import os
 import re
@@ -46,6 +47,7 @@ TOLD = (  # what Ray's control store knows of jobs and their runtime environment
     "ActorInfoGcsService/GetAllActorInfo",
     "WorkerInfoGcsService/GetAllWorkerInfo",
 )
+SUBMIT = ("/api/jobs/", "/api/job_agent/jobs/")  # of Ray's dashboard, and of its agent on each node
 
 
 # ------------------------------------------------------------------------------------- a Ray that asks for no token
@@ -130,33 +132,43 @@ class Family:
     lines: set[str] = field(default_factory=set)  # their command lines
     told: dict[str, bytes] = field(default_factory=dict)  # question -> what Ray's control store answered
     strangers: bool | None = None  # whether it let one in with a wrong token
-    dashboards: set[str] = field(default_factory=set)  # addresses on which a dashboard of Ray listens
+    knocks: dict[tuple[str, str], int | None] = field(default_factory=dict)  # (process, path) -> HTTP status
 
-    def look(self, run: subprocess.Popen, token: Path) -> None:
-        with_ports = []
-        for process in [psutil.Process(run.pid), *psutil.Process(run.pid).children(recursive=True)]:
+    def look(self, run: subprocess.Popen, token: Path, begun: Path) -> None:
+        """`begun`: a file that is there when all actors are."""
+        processes = [psutil.Process(run.pid), *psutil.Process(run.pid).children(recursive=True)]
+        ports: set[tuple[str, int]] = set()
+        for process in processes:
             try:
-                words = process.cmdline()
+                self.lines.add(" ".join(process.cmdline()))
+                if begun.exists() and not self.told:
+                    listening = [c.laddr for c in process.net_connections() if c.status == "LISTEN"]
+                    ports |= {(" ".join(process.cmdline())[:200], at.port) for at in listening}
             except psutil.Error:
                 continue
-            self.lines.add(" ".join(words))
-            if any("dashboard" in word for word in words):
-                with_ports.append(process)
         found = re.search(r"--gcs-address=(\S+:\d+)", "\n".join(self.lines))
-        if self.told or not found or not any("default_worker" in line or "ray::" in line for line in self.lines):
+        if self.told or not found or not ports:
             return
         bearer = (("authorization", f"Bearer {token.read_text().strip()}"),)
         with grpc.insecure_channel(found[1], options=[("grpc.enable_http_proxy", 0)]) as channel:
             for name in TOLD:
                 self.told[name] = channel.unary_unary(GCS.format(name))(b"", timeout=30, metadata=bearer)
         self.strangers = ray_auth.lets_strangers_in(found[1])
-        for process in with_ports:
-            try:
-                listening = [c.laddr.ip for c in process.net_connections() if c.status == "LISTEN"]
-            except psutil.Error:
-                continue
-            if "/dashboard/dashboard.py" in " ".join(process.cmdline()):
-                self.dashboards |= set(listening)
+        for name, port in ports:
+            for path in SUBMIT:
+                self.knocks[f"{name} at {port}", path] = knock(port, path)
+
+
+def knock(port: int, path: str) -> int | None:
+    """The status of a request without a token that would run a program; None where it is no HTTP that answers."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=3)
+    try:
+        connection.request("POST", path, json.dumps({"entrypoint": "true"}), {"Content-Type": "application/json"})
+        return connection.getresponse().status
+    except (OSError, http.client.HTTPException):
+        return None
+    finally:
+        connection.close()
 
 
 def test_no_secret_is_written_anywhere(monkeypatch):
@@ -182,7 +194,7 @@ def test_no_secret_is_written_anywhere(monkeypatch):
             run = subprocess.Popen(line, cwd=folder, env=environment, stdout=out, stderr=subprocess.STDOUT)
         deadline = time.monotonic() + 480
         while run.poll() is None:
-            family.look(run, token)
+            family.look(run, token, folder / "runs" / "mine" / "processes.json")
             assert time.monotonic() < deadline, (folder / "out").read_text()
             time.sleep(0.1)
         words = (folder / "out").read_text()
@@ -197,10 +209,13 @@ def test_no_secret_is_written_anywhere(monkeypatch):
         session = [path for path in folder.rglob("session_*/logs/*") if path.is_file()]
         assert {"gcs_server.out", "raylet.out"} <= {path.name for path in session}
         assert any("gcs_server" in line for line in family.lines) and any("wandb-core" in line for line in family.lines)
-        assert len(family.told) == len(TOLD) and b"claim_packages" in family.told[TOLD[0]]
+        assert len(family.told) == len(TOLD) and b"claim_packages" in b"".join(family.told.values())
+        assert b"RolloutWorker" in family.told["ActorInfoGcsService/GetAllActorInfo"]
         # The token of Ray, and who gets in without it.
         assert (token.stat().st_mode & 0o777, token.parent.stat().st_mode & 0o777) == (0o600, 0o700)
-        assert family.strangers is False and family.dashboards <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}
+        assert family.strangers is False
+        assert {401, 403} & set(family.knocks.values()), family.knocks
+        assert not {place: status for place, status in family.knocks.items() if status is not None and status < 400}
 
         planted["the token of Ray"] = token.read_text().strip()
         token.unlink()  # its own place
