@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from core.faults import UserError
-from launch import arguments, run_folder
+from launch import arguments, evaluation_task, run_folder
 
 WEIGHTS = ("final", "best", "base")
 FIRST_STEPS = "tokenppo train --config configs/cards.yaml"
@@ -128,6 +128,17 @@ def _eval_arguments(parser: argparse.ArgumentParser) -> None:
 def _eval(args: argparse.Namespace) -> int:
     from launch.cluster import prepare_environment
 
+    evaluation_task.read(  # what cannot work is told before seconds of imports
+        args.policy,
+        weights=args.weights,
+        against=args.against,
+        config=args.config,
+        data=args.data,
+        prompts=args.prompts,
+        samples=args.samples,
+        metric=args.metric,
+        require=args.require,
+    )
     prepare_environment()  # before torch and ray are imported
     from launch.evaluate import main
 
