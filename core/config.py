@@ -19,11 +19,13 @@ from pydantic import TypeAdapter, ValidationError
 from core.faults import UserError
 from core.reward_name import RewardName
 from core.schema import DATA_FILES, Config, RewardConfig, leaf_keys
+from core.secret_names import is_secret
 
 PATHS = ("model.path", "model.value_path", "data.path", "data.eval_path", "data.ptx_path", "rollout.python", "run.dir")
 FUNCTION = re.compile(r"rewards\.[^.]+\.fn|data\.augment|rollout\.environment")
 # Their keys are the user's own, dots and all.
 WHOLE = re.compile(r"rewards\.[^.]+\.options|data\.mixture|rollout\.environment_options")
+SERVER = re.compile(r"(?:openrlhf:)?https?://")  # its only secret is the token that it wants
 OPTION = re.compile(r"\.(?:environment_)?options\.")  # before the name of a user's own argument
 
 
@@ -58,6 +60,22 @@ def _set(tree: dict[str, Any], key: str, value: Any) -> None:
         if not isinstance(tree, dict):
             raise UserError(f"--{key}: {parent} is a value, not a section; see `tokenppo train --help`")
     tree[leaf] = value
+
+
+def _refuse_secrets(tree: Any, prefix: str = "", of_server: bool = False) -> None:
+    """Raise UserError, which does not repeat the value, for a secret by its name: what is here is written into the run
+    folder, into checkpoints and logs."""
+    named = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list | tuple) else ()
+    of_server = of_server or (isinstance(tree, dict) and SERVER.match(str(tree.get("fn"))) is not None)
+    for name, value in named:
+        key = f"{prefix}{name}"
+        if is_secret("auth_token" if of_server and name == "token" else str(name), value):
+            raise UserError(
+                f"{key}: is a secret by its name, and a configuration is written into the run folder, checkpoints and"
+                " logs; take it from the environment or a file where it is used (of a reward server token_file names"
+                " it)"
+            )
+        _refuse_secrets(value, f"{key}.", of_server)
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -142,6 +160,7 @@ def load(config_file: Path | None, overrides: dict[str, Any] | None = None, *, f
             _set(tree, str(key), _anchor(str(key), value, config_file.absolute().parent))
     for key, value in (overrides or {}).items():
         _set(tree, key, _anchor(key, value, folder or Path.cwd()))
+    _refuse_secrets(tree)
     run = tree.setdefault("run", {})
     if isinstance(run, dict):
         run.setdefault("dir", str((folder or Path.cwd()) / "runs"))
@@ -155,6 +174,7 @@ def load_rewards(config_file: Path) -> dict[str, RewardConfig]:
         raise UserError(f"--config {config_file}: has no section `rewards` that names components")
     for key, value in _flatten({"rewards": tree}).items():
         _set({"rewards": tree}, str(key), _anchor(str(key), value, config_file.absolute().parent))
+    _refuse_secrets(tree, "rewards.")
     try:
         return TypeAdapter(dict[str, RewardConfig]).validate_python(tree)
     except ValidationError as error:

@@ -490,6 +490,9 @@ class ResourcesConfig(Section):
     """Nodes that must have joined the Ray cluster at `ray_address` before a model is loaded."""
     join_timeout_s: float = Field(600, gt=0)
     """How long the run waits for them."""
+    insecure: bool = False
+    """Join or start a Ray that asks nobody for a token all the same, with RAY_AUTH_MODE=disabled in the environment.
+    What is given up: whoever reaches its address runs code as you, and reads and changes all that this run does."""
     reward_timeout_s: float = Field(300, gt=0)
     """Deadline for the scores of one chunk."""
     reward_servers: int = Field(1, ge=1, le=256)

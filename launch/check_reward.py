@@ -8,13 +8,13 @@ import numpy as np
 from rich.console import Console
 
 from core.faults import RewardFault, UserError
+from core.plain_text import one_line
 from launch import cluster
 from launch.heat_map import heat_map
 from reward_server.check import Report, check
 from reward_server.components import PASSED, Component, ScoreRequest, load_component, missing_arguments
 from reward_server.texts import text_of, words
 from rollout.prompts import load_rows
-from trainer.panel import one_line
 
 COMPLETIONS = ("completion", "response", "answer_text")  # columns of --data that hold what is to be scored
 # Prompt and completion. Short and long, polite and not, code and JSON, several scripts, repetition, nothing but a word.

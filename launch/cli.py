@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from core.faults import INTERRUPTED, TERMINATED, Fault, ProcessFault, UserError
+from core.plain_text import one_line
 from core.schema import Config
 from launch import arguments, early, run_folder, verbs
 from launch.cluster import EXIT_CODE_FOLDER, adopt_orphans, cores, die_with_parent, prepare_environment, prepare_hub
@@ -29,10 +30,10 @@ def main(argv: list[str]) -> int:
         if argv[0] == "train":
             return train(argv[1:])
         verb, args = verbs.parse(argv)
-        return verb.do(args)
+        return verb.start(args)
     except Fault as error:
         for line in str(error).splitlines():
-            print(f"tokenppo: {line}", file=sys.stderr)
+            print(f"tokenppo: {one_line(line)}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         return INTERRUPTED

@@ -3,7 +3,6 @@
 import ctypes
 import logging
 import os
-import secrets
 import shutil
 import signal
 import socket
@@ -17,6 +16,7 @@ from pathlib import Path
 
 from core.faults import TERMINATED, ProcessFault, UserError
 from core.schema import Config
+from launch import ray_auth
 
 EXIT_CODE_FOLDER = "TOKENPPO_EXIT_CODES"  # set by `tokenppo train`: accelerate launch turns every failure into a 1
 HUB, HUB_S = "https://huggingface.co", 3
@@ -129,7 +129,7 @@ def prepare_environment() -> None:
     os.environ.setdefault("RAY_worker_niceness", "0")
     os.environ.setdefault("RAY_prestart_worker_first_driver", "0")  # ours have an environment of their own and use none
     if "ray" not in sys.modules:  # half a change of mode, after the import, locks Ray out of its own cluster
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
+        os.environ.setdefault(ray_auth.MODE, "token")
 
 
 def prepare_hub(cfg: Config) -> None:
@@ -151,20 +151,6 @@ def prepare_hub(cfg: Config) -> None:
             print(f"{url.hostname} does not answer: models and datasets come from its local cache", file=sys.stderr)
 
 
-def _private_token() -> None:
-    """Write Ray's token file with mode 0600 before Ray writes it readable for everybody."""
-    token = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", Path.home() / ".ray" / "auth_token"))
-    if "RAY_AUTH_TOKEN" in os.environ or token.exists():
-        return
-    token.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        descriptor = os.open(token, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:  # another run of ours was faster
-        return
-    with os.fdopen(descriptor, "w") as file:
-        file.write(secrets.token_hex(32))
-
-
 @contextmanager
 def ray_session(cfg: Config, address: str | None = None, *, log_to_driver: bool = True) -> Iterator[str]:
     """Ray up to the end of the block; gives its address. Everything started inside dies with it, also if this process
@@ -174,10 +160,11 @@ def ray_session(cfg: Config, address: str | None = None, *, log_to_driver: bool 
     import torch
     from ray.exceptions import AuthenticationError
 
-    if cfg.resources.ray_address:  # it has a token, which a new one would not match
-        refuse_unreachable(cfg.resources.ray_address)
-    else:
-        _private_token()
+    joins = cfg.resources.ray_address
+    if joins:
+        refuse_unreachable(cfg)
+    ray_auth.refuse_unset(cfg)
+    ray_auth.private_token(make=joins in (None, "local"))  # a cluster has one, which a new one would not match
     # Actors import our packages from where this process has them. Ray will put the folder that the user stands in at
     # the front of their sys.path, whatever is in it: the hook runs before that.
     house = str(Path(__file__).resolve().parent.parent)
@@ -219,7 +206,10 @@ def ray_session(cfg: Config, address: str | None = None, *, log_to_driver: bool 
         # Ray put handlers of its own in front of ours, one of which ends this process with nothing written.
         signal.signal(signal.SIGTERM, on_term)
     try:
-        yield ray.get_runtime_context().gcs_address
+        gcs_address = ray.get_runtime_context().gcs_address
+        if joins and launched()[0] == 0:
+            ray_auth.refuse_open(cfg, gcs_address)  # `auto` is known only now; nothing of the run is there yet
+        yield gcs_address
     finally:
         heard = signal.getsignal(signal.SIGTERM)
         ray.shutdown()
@@ -227,8 +217,10 @@ def ray_session(cfg: Config, address: str | None = None, *, log_to_driver: bool 
             signal.signal(signal.SIGTERM, heard)  # Ray's C++ side has put the default action there
 
 
-def refuse_unreachable(address: str) -> None:
-    """Raise ProcessFault where nobody listens, in seconds (Ray would try for minutes); UserError for no address."""
+def refuse_unreachable(cfg: Config) -> None:
+    """Raise ProcessFault where nobody listens, in seconds (Ray would try for minutes); UserError for no address, and
+    for a cluster that anybody may use."""
+    address = cfg.resources.ray_address or "auto"
     if address in ("auto", "local") or "://" in address:
         return
     host, colon, port = address.rpartition(":")
@@ -243,6 +235,7 @@ def refuse_unreachable(address: str) -> None:
             f"resources.ray_address = {address}: no answer ({error.strerror or error}); start a cluster there"
             " (ray start --head), or leave the key out and the run has a Ray of its own"
         ) from None
+    ray_auth.refuse_open(cfg, address)
 
 
 def wait_for_nodes(cfg: Config) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 from core.faults import UserError
 from core.reward_name import RewardName
 from core.schema import DATA_FILES, Config
-from launch import cluster, environment, interpreter, room, run_folder
+from launch import cluster, environment, interpreter, ray_auth, room, run_folder
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -53,7 +53,8 @@ def refuse(cfg: Config) -> set[str] | None:
         room.refuse_too_little_disk(cfg, (folder / WEIGHT_FILES[0]).stat().st_size // 8)
     columns = refuse_prompts(cfg, config)
     if cfg.resources.ray_address:
-        cluster.refuse_unreachable(cfg.resources.ray_address)
+        cluster.refuse_unreachable(cfg)
+    ray_auth.refuse_unset(cfg)
     return columns
 
 

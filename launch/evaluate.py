@@ -9,12 +9,10 @@ The task (prompts, rewards, how answers are written) is that of the run, or of `
 training, with its deadline (docs/architecture.md).
 """
 
-import re
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -25,8 +23,9 @@ from core.faults import UnmetRequirement, UserError
 from core.pretrained import load_tokenizer
 from core.schema import Config
 from core.trajectory import PromptRequest, Trajectory
-from launch import build, cluster, comparison, early, environment, interpreter, requirement
+from launch import build, cluster, comparison, early, environment, evaluation_task, interpreter
 from launch.comparison import Answer, Report
+from launch.evaluation_task import Policy
 from launch.evaluation_text import to_json, to_text
 from launch.requirement import Requirement
 from launch.reservation import reserve
@@ -45,17 +44,6 @@ WITHOUT_GPUS = {
     "resources.reward_gpus": 0,
     "resources.reward_placement": "colocated",
 }
-OF_BASE = ("objective/kl", "objective/kl_k3")
-OF_BOTH = ("win_rate", "length_controlled")
-WEIGHTS = ("final", "best", "base")
-
-
-@dataclass(frozen=True)
-class Policy:
-    label: str
-    path: str  # a folder that from_pretrained loads, or a hub id
-    config: Path | None = None  # of the run it comes from
-    run: Path | None = None
 
 
 def evaluate(
@@ -75,32 +63,28 @@ def evaluate(
 
     Raises UserError for what cannot work, before anything is started; other Faults as training does.
     """
-    first = _policy(policy, weights, "POLICY")
-    named = None if against is None or against in WEIGHTS else _policy(against, "final", "--against")
-    file = Path(config) if config is not None else first.config or (named.config if named else None)
-    if file is None:
-        raise UserError(
-            f"POLICY = {policy}: a model has neither prompts nor rewards; say which with --config (a file as for"
-            " `tokenppo train`, or config.yaml of a run)"
-        )
-    cfg = _task(file, data, prompts)
-    decides = _decides(cfg, metric)
-    names = [*cfg.evaluation_means, *OF_BASE]
-    wanted = [requirement.parse(text, names, alone=OF_BOTH) for text in require]
-    against = _other(against, wanted)
+    asked = evaluation_task.read(
+        policy,
+        weights=weights,
+        against=against,
+        config=config,
+        data=data,
+        prompts=prompts,
+        samples=samples,
+        metric=metric,
+        require=require,
+    )
+    cfg, policies = asked.cfg, asked.policies
+    if not torch.cuda.is_available() and cfg.resources.ray_address is None:
+        cfg = load(asked.file, asked.overrides | WITHOUT_GPUS)
     base = Policy("base", cfg.model.path)
-    policies = [base if weights == "base" else first]
-    if against is not None:
-        policies.append(named or (base if against == "base" else _of_same_run(first, against)))
-    if samples < 1:
-        raise UserError(f"--samples {samples}: give at least 1")
     early.check_rewards(cfg)
     environment.check(cfg)
     interpreter.refuse(cfg, None)
     tokenizer = load_tokenizer(base.path)
-    asked = [_requests(cfg, p, tokenizer, samples) for p in policies]
-    _refuse_other_prompts(asked, policies)
-    requests = asked[0]
+    of_each = [_requests(cfg, p, tokenizer, samples) for p in policies]
+    _refuse_other_prompts(of_each, policies)
+    requests = of_each[0]
     values = None if by is None else comparison.slices_of({r.ordinal: r.columns for r in requests}, by)
     written = _written(cfg, policies, requests)
     answers = [_answers(cfg, base, trajectories, tokenizer) for trajectories in written]
@@ -110,81 +94,10 @@ def evaluate(
         answers[0],
         *((labels[1], answers[1]) if len(labels) > 1 else ()),
         asked=len(requests),
-        decides=decides,
+        decides=asked.decides,
         by=None if by is None else (by, values),
     )
-    return made, [(r, *r.judge(_asked_for(made, r))) for r in wanted]
-
-
-def _policy(word: str, weights: str, what: str) -> Policy:
-    """What a word of the command line means. Raises UserError with the nearest folder."""
-    folder = Path(word)
-    if (folder / "config.json").is_file():
-        if weights != "final":
-            raise UserError(f"--weights {weights}: {word} is a model; name the folder of its run, or leave it out")
-        run = folder.absolute().parent  # of best/ or final/
-        of_run = (run / "config.yaml", run) if (run / "config.yaml").is_file() else ()
-        return Policy(word, str(folder.absolute()), *of_run)
-    if (folder / "config.yaml").is_file():
-        config = folder / "config.yaml"
-        if weights == "base":
-            return Policy("base", load(config).model.path, config, folder)
-        if not (folder / weights).is_dir():
-            raise UserError(f"--weights {weights}: {folder / weights} does not exist")
-        return Policy(f"{folder.absolute().name}/{weights}", str((folder / weights).absolute()), config, folder)
-    if folder.is_dir():
-        raise UserError(
-            f"{what} = {word}: neither a run (no config.yaml) nor a model (no config.json) is in this folder"
-        )
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", word) and not folder.parent.is_dir():
-        return Policy(word, word)  # a hub id: whether there is such a one, its loading says
-    beside = sorted(p.name for p in folder.parent.iterdir() if p.is_dir()) if folder.parent.is_dir() else []
-    close = requirement.nearest(folder.name, beside) if beside else ""
-    raise UserError(f"{what} = {word}: there is no such folder{close}")
-
-
-def _of_same_run(policy: Policy, weights: str) -> Policy:
-    if policy.run is None:
-        raise UserError(f"--against {weights}: names weights of a run, and POLICY is a model; give a folder")
-    return _policy(str(policy.run), weights, "--against")
-
-
-def _other(against: str | None, wanted: list[Requirement]) -> str | None:
-    """Whom POLICY is compared with: what a requirement speaks of goes without saying, if it is the base."""
-    for r in wanted:
-        if r.bound == "base" and against not in (None, "base"):
-            raise UserError(f"--require {r.text!r}: the comparison is with --against {against}; write `against`")
-        if r.bound == "base":
-            against = "base"
-    for r in wanted:
-        if against is None and (r.bound == "against" or r.name in OF_BOTH):
-            raise UserError(f"--require {r.text!r}: wants another policy; name it with --against, e.g. --against base")
-    return against
-
-
-def _task(file: Path, data: str | None, prompts: int | None) -> Config:
-    """The configuration, whose `model.path` is the base. Raises UserError."""
-    overrides: dict[str, object] = {"model.reference": "auto"}  # a reward server's reference would be asked for nothing
-    overrides |= {} if data is None else {"data.eval_path": data, "data.eval_frac": 0}
-    overrides |= {} if prompts is None else {"data.eval_prompts": prompts}
-    if not torch.cuda.is_available() and load(file, overrides).resources.ray_address is None:
-        overrides |= WITHOUT_GPUS
-    cfg = load(file, overrides)
-    if not cfg.data.has_held_out:
-        raise UserError("data.eval_path = null: this task has no held-out prompts; name some with --data")
-    return cfg
-
-
-def _decides(cfg: Config, metric: str | None) -> str:
-    """Which mean says who wins a prompt."""
-    decides = metric or cfg.run.best_metric
-    names = [*cfg.evaluation_means, *OF_BASE]
-    if decides.removeprefix("-") not in names:
-        key = "run.best_metric" if metric is None else "--metric"
-        raise UserError(
-            f"{key} {decides}: there is no number of that name{requirement.nearest(decides.removeprefix('-'), names)}"
-        )
-    return decides
+    return made, [(r, *r.judge(_asked_for(made, r))) for r in asked.wanted]
 
 
 def _of(cfg: Config, policy: Policy) -> Config:

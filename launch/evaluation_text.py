@@ -4,10 +4,10 @@ import json
 from dataclasses import asdict
 from typing import Any
 
+from core.plain_text import one_line
 from launch.comparison import Comparison, Report
 from launch.paired import FEW, Estimate
 from launch.requirement import Requirement
-from trainer.panel import one_line
 
 Judged = list[tuple[Requirement, bool, str]]
 
@@ -21,7 +21,7 @@ def to_dict(report: Report, judged: Judged) -> dict[str, Any]:
 
 
 def to_json(report: Report, judged: Judged) -> str:
-    return json.dumps(to_dict(report, judged), ensure_ascii=False, allow_nan=False)
+    return json.dumps(to_dict(report, judged), allow_nan=False)
 
 
 def to_text(report: Report, judged: Judged) -> str:

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from core.faults import UserError
+from core.plain_text import one_line
 from launch import build, run_folder, trained
 from launch.job import Job
 from launch.trained import Trained
@@ -61,7 +62,7 @@ def clear_the_way(job: Job, saved: Checkpoint | None) -> None:
     """Take out of the folder what happens again, or must not be used, and say so. On rank 0, which holds the folder."""
 
     def tell(text: str) -> None:
-        job.console.print(text, markup=False, soft_wrap=True)
+        job.console.print(one_line(text), markup=False, soft_wrap=True)
 
     folder, step = job.folder, saved.step if saved else 0
     for place, damage in saved.damaged if saved else ():

@@ -7,8 +7,8 @@ from html import escape
 import numpy as np
 from rich.text import Text
 
+from core.plain_text import one_line
 from trainer.gallery import Shown
-from trainer.panel import one_line
 
 MOST_PIECES = 1500  # of a response in HTML, in each of its lines; a page of more is slow to open and nobody reads it
 

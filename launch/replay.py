@@ -22,6 +22,7 @@ from torch import Tensor
 from core import config, ledger_table
 from core.combine import RunningMoments
 from core.faults import InvariantFault, StorageFault, UserError
+from core.plain_text import one_line
 from core.pretrained import load_tokenizer
 from core.schema import Config
 from core.trajectory import Trajectory
@@ -33,7 +34,6 @@ from trainer import checkpoint, engine_weights, replay
 from trainer.learner import Learner
 from trainer.ledger import device_name
 from trainer.model import load_causal_lm
-from trainer.panel import one_line
 from trainer.recorded import RecordedStep
 from trainer.replay import Comparison, Stage, Tolerances
 

@@ -19,6 +19,7 @@ from rich.console import Console
 
 from core.diagnosis import Diagnosis, Facts
 from core.faults import INTERRUPTED, TERMINATED, Paused, StorageFault, UserError, exit_code_of
+from core.plain_text import one_line
 from core.schema import Config
 from launch import build, cluster, early, environment, going_on, learners, room, run_folder, trained, under_way
 from launch.exchange import Exchange
@@ -137,7 +138,7 @@ def _report(job: Job, summary: dict[str, Any]) -> None:
 
         render.write([job.folder], over=True)
     except Exception as error:  # of a disk, or a bug of ours: training is done and all else is written
-        what = " ".join(f"{type(error).__name__}: {error}".split())
+        what = one_line(" ".join(f"{type(error).__name__}: {error}".split()))
         job.console.print(
             f"warning: no report ({what}); tokenppo report {job.folder} tries again", markup=False, soft_wrap=True
         )
@@ -174,7 +175,7 @@ def _train(
     started = time.perf_counter()
     cfg, ranks, folder, console = job.cfg, job.ranks, job.folder, job.console
     who = "" if ranks.is_main else f"learner rank {ranks.index}: "
-    tell = [lambda text: console.print(who + text, markup=False, soft_wrap=True)]
+    tell = [lambda text: console.print(one_line(who + text), markup=False, soft_wrap=True)]
 
     def note(text: str) -> None:  # the log takes over once it is open
         tell[-1](text)

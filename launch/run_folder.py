@@ -62,6 +62,11 @@ def examine(cfg: Config) -> Found:
     to go on from where it is must.
     """
     folder = cfg.run.folder
+    if folder.is_symlink():
+        raise UserError(
+            f"run.name = {cfg.run.name}: {folder} is a link to {folder.readlink()}, and a run writes into its own"
+            " folder alone; give the --run.dir that it lies in"
+        )
     parent = next(p for p in [folder, *folder.parents] if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise UserError(f"run.dir = {cfg.run.dir}: {parent} cannot be written to; give another --run.dir")

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from core.config import load
 from core.faults import RewardFault, UserError
+from core.plain_text import one_line
 from core.pretrained import load_tokenizer
 from core.schema import Config, RewardConfig
 from core.trajectory import PromptRequest, Trajectory
@@ -27,7 +28,6 @@ from reward_server.texts import text_of
 from rollout.engines.transformers_engine import TransformersEngine, stop_ids
 from rollout.prompts import PromptStream
 from rollout.turns import Turns
-from trainer.panel import one_line
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def sample_run(
             scored, failures = server.score(trajectories)
             samples += _joined(which, trajectories, scored, failures, tokenizer, base if which == weights else None)
     if as_json:
-        print(json.dumps(_to_json(chosen, cfg, components, unscored, samples), ensure_ascii=False))
+        print(json.dumps(_to_json(chosen, cfg, components, unscored, samples)))
     else:
         _show(chosen, cfg, components, unscored, samples, component, console or Console())
     return RewardFault.exit_code if any(s.failures for s in samples) else 0

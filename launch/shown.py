@@ -5,9 +5,9 @@ from typing import Any
 
 from core.config import OPTION
 from core.schema import Config
+from core.secret_names import may_be_secret
 from launch import run_folder
 
-SECRET = {"apikey", "authorization", "credential", "credentials", "key", "passwd", "password", "secret", "token"}
 HIDDEN = "(hidden)"
 
 
@@ -21,8 +21,7 @@ def shown(cfg: Config) -> dict[str, Any]:
 
 
 def _clean(key: str, value: Any) -> Any:
-    words = re.findall(r"[a-z]+", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", key).lower())
-    if SECRET & set(words) and value is not None:
+    if may_be_secret(key) and value is not None:
         return HIDDEN
     if isinstance(value, dict):
         return {name: _clean(str(name), item) for name, item in value.items()}

@@ -31,6 +31,7 @@ from typing import Any
 from core.config import parse_override
 from core.faults import ProcessFault, UserError
 from core.metrics import lookup
+from core.plain_text import one_line
 from core.schema import Config
 from launch import arguments, cluster, early, run_folder
 
@@ -234,7 +235,7 @@ def run_trials(trials: list[Trial], folder: Path, jobs: int, gpus: float) -> dic
 
 
 def _tell(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    print(one_line(line), file=sys.stderr, flush=True)
 
 
 def _interrupt_trials(folder: Path) -> None:

@@ -18,8 +18,7 @@ class TensorBoard:
     def __init__(self, cfg: Config, folder: Path, resumed_from: int | None) -> None:
         from torch.utils.tensorboard.summary import hparams
 
-        # A project may hold anything, "/" and ".." too; this folder stays inside the run's.
-        name = re.sub(r"[^\w.-]+", "_", cfg.log.project).strip(".") or "tensorboard"
+        name = folder_name(cfg.log.project)
         purge = None if resumed_from is None else resumed_from + 1
         self._tracker = TensorBoardTracker(name, folder, purge_step=purge)
         self._tracker.start()
@@ -59,6 +58,11 @@ class TensorBoard:
 
     def close(self, exit_code: int) -> None:
         self._tracker.finish()
+
+
+def folder_name(project: str) -> str:
+    """A project may hold anything, "/" and ".." too; this folder stays inside the run's."""
+    return re.sub(r"[^\w.-]+", "_", project).strip(".") or "tensorboard"
 
 
 def layout(cfg: Config) -> dict[str, dict[str, list]]:

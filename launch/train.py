@@ -20,6 +20,7 @@ tokenppo.refuse_if_shadowed()
 
 from core.config import load  # noqa: E402
 from core.faults import TERMINATED, Fault, UserError, exit_code_of  # noqa: E402
+from core.plain_text import one_line  # noqa: E402
 from launch import arguments, cluster, early, run_folder  # noqa: E402
 from launch.cluster import EXIT_CODE_FOLDER  # noqa: E402
 
@@ -71,7 +72,7 @@ def _say(error: BaseException) -> None:
         return
     text = str(error) if isinstance(error, Fault) else "stopped before the end; all processes of this run were ended"
     for line in text.splitlines():
-        print(f"tokenppo: {line}", file=sys.stderr)
+        print(f"tokenppo: {one_line(line)}", file=sys.stderr)
 
 
 def train_in_process(

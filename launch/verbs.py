@@ -1,7 +1,7 @@
 """The verbs of the command `tokenppo` but `train`: what each takes, an example, and who does it. Imports nothing heavy.
 
     verb, args = parse(["sample", "runs/demo", "-n", "2"])
-    exit_code = verb.do(args)
+    exit_code = verb.start(args)
 
 What a verb does lies in a module of its own, imported when it is done.
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from core.faults import UserError
-from launch import arguments
+from launch import arguments, evaluation_task, run_folder
 
 WEIGHTS = ("final", "best", "base")
 FIRST_STEPS = "tokenppo train --config configs/cards.yaml"
@@ -29,6 +29,12 @@ class Verb:
     arguments: Callable[[argparse.ArgumentParser], None]
     do: Callable[[argparse.Namespace], int]  # gives the exit code; raises Fault
     overrides: bool = False  # takes `--section.key value` too: args.overrides, key -> value; args.words, as written
+
+    def start(self, args: argparse.Namespace) -> int:
+        """Do it; a run that is not there is told before its module, which may import for seconds. Raises Fault."""
+        for run in [args.run] if "run" in args else getattr(args, "runs", []):
+            run_folder.refuse_no_run(run)
+        return self.do(args)
 
     def parser(self) -> argparse.ArgumentParser:
         examples = "".join(f"\n  {line}" for line in self.examples)
@@ -122,6 +128,17 @@ def _eval_arguments(parser: argparse.ArgumentParser) -> None:
 def _eval(args: argparse.Namespace) -> int:
     from launch.cluster import prepare_environment
 
+    evaluation_task.read(  # what cannot work is told before seconds of imports
+        args.policy,
+        weights=args.weights,
+        against=args.against,
+        config=args.config,
+        data=args.data,
+        prompts=args.prompts,
+        samples=args.samples,
+        metric=args.metric,
+        require=args.require,
+    )
     prepare_environment()  # before torch and ray are imported
     from launch.evaluate import main
 

@@ -19,9 +19,10 @@ from rich.text import Text
 
 from core.diagnosis import Diagnosis, Facts, Verdict
 from core.faults import ProcessFault
+from core.plain_text import one_line
 from core.schema import Config
 from launch import run_folder
-from trainer.panel import View, can_draw, one_line, panel, step_line
+from trainer.panel import View, can_draw, panel, step_line
 
 EVERY_S = 0.5
 
@@ -130,6 +131,6 @@ def watch(folder: Path, *, once: bool = False, console: Console | None = None) -
         raise ProcessFault(
             f"{folder}: it was killed: nobody works on it, and it left no summary; train goes on from it"
         )
-    how = f": {summary['error']}" if summary.get("error") else ""
+    how = f": {one_line(summary['error'])}" if summary.get("error") else ""
     console.print(f"ended at step {summary.get('steps', 0)} with exit code {summary['exit']}{how}", **plain)
     return summary["exit"]

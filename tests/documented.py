@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "AGENTS.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "AGENTS.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]
 SHELL = ("indented", "", "sh", "bash", "console", "shell")
 _COMMAND = re.compile(
     r"(?:[A-Z_]+=\S+ )*(?:tokenppo|bash|accelerate launch|python|source|docker|sbatch|ray|pip|curl)(?: |$)"

@@ -37,7 +37,10 @@ class Recorded:
 
 
 def records(path: Path) -> Iterator[pb.Record]:
-    data = path.read_bytes()
+    yield from records_of(path.read_bytes())
+
+
+def records_of(data: bytes) -> Iterator[pb.Record]:
     assert IDENT.unpack_from(data) == (b":W&B", 0xBEE1, 0), "no file of W&B's"
     at, parts = IDENT.size, []
     while at + HEAD.size <= len(data):

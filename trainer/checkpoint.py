@@ -99,6 +99,8 @@ def damage_of(place: Path, *, only: bool = True, bytes_too: bool = True) -> str 
     """
     try:
         files = _read_manifest(place)
+        if links := sorted(str(p.relative_to(place)) for p in place.rglob("*") if p.is_symlink()):
+            return f"{links[0]} is a link, to something that no manifest knows"
         there = {str(p.relative_to(place)) for p in place.rglob("*") if not p.is_dir()} - {MANIFEST}
         if missing := sorted(set(files) - there):
             return f"{missing[0]} is missing"

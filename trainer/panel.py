@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from core.metrics import PHASES, SHARE, lookup
+from core.plain_text import one_line
 
 _EVAL_TOTAL = "eval/reward/total"
 _MOST_VERDICTS = 3  # that the panel shows
@@ -69,11 +70,6 @@ class View:
 # ------------------------------------------------------------------------------------------------------------- words
 
 
-def one_line(text: str) -> str:
-    """One line without effect on a terminal: controls, escapes, newlines and direction marks become visible."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
 def _number(name: str, value: float | None) -> str:
     """At most seven characters for what is usual; per cent where the table says that it is a share."""
     if value is None or not math.isfinite(value):
@@ -97,7 +93,7 @@ def _duration(seconds: float) -> str:
 
 def _faults(row: dict[str, float]) -> str:
     counts = [(name.removeprefix("faults/"), value) for name, value in row.items() if name.startswith("faults/")]
-    return ", ".join(f"{name} {value:g}" for name, value in counts if value)
+    return ", ".join(f"{one_line(name)} {value:g}" for name, value in counts if value)
 
 
 def _eval_words(row: dict[str, float]) -> str:

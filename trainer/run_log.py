@@ -28,7 +28,8 @@ from rich.text import Text
 from core.diagnosis import Diagnosis, Verdict
 from core.faults import StorageFault
 from core.metrics import PHASES, lookup
-from trainer.panel import View, can_draw, eval_line, one_line, panel, step_line
+from core.plain_text import one_line
+from trainer.panel import View, can_draw, eval_line, panel, step_line
 
 Trackers = Callable[[dict[str, float], int], None]  # takes the finite numbers of one step
 Alert = Callable[[Verdict], None]

@@ -16,7 +16,7 @@ import tiny_models
 from cards_run import ROOT
 from core import config, faults
 from core.faults import ProcessFault, UserError
-from launch import cli, cluster, room
+from launch import cli, cluster, room, verbs
 
 CONFIG = """
 model: {path: model, dtype: float32}
@@ -218,8 +218,43 @@ MISTAKES: dict[str, tuple[list[str], dict[str, str], list[str]]] = {
         ["rollout.python", "has no vllm", "launch/vllm_venv.sh"],
     ),
     "sleep of the embedded engine": (["--rollout.sleep", "true"], {}, ["rollout.sleep = true", "rollout.engine"]),
+    "a secret in an option": (
+        ["--rewards.mine.options.api_key", "hunter2"],
+        {},
+        ["rewards.mine.options.api_key", "is a secret by its name", "environment or a file"],
+    ),
+    "a token for a reward server": (
+        ["--rewards.mine.fn", "http://127.0.0.1:1", "--rewards.mine.options.token", "hunter2"],
+        {},
+        ["rewards.mine.options.token", "is a secret by its name", "token_file"],
+    ),
     "no accelerate file": (["--accelerate", "zero9"], {}, ["--accelerate zero9", "zero2"]),
     "processes without a file": (["--num-processes", "2"], {}, ["--num-processes 2", "--accelerate"]),
+}
+# Of the other verbs: the whole line, what the answer must say.
+NO_RUN = ["RUN = nowhere", "there is no run in this folder"]
+VERB_MISTAKES: dict[str, list[str]] = {
+    "sampel runs/x": ["sampel", "did you mean sample"],
+    "check-reward absent.py:f": ["absent.py", "there is no file", "there is rewards.py"],
+    "check-reward rewards.py:fine --options [1]": ["--options [1]", "mapping"],
+    "watch nowhere": NO_RUN,
+    "sweep --config config.yaml --grid optim.lr -o s": ["--grid optim.lr", "KEY=VALUE"],
+    "sweep --config config.yaml --grid optim.lrr=1,2 -o s": ["optim.lrr", "did you mean optim.lr"],
+    "sweep --config absent.yaml --grid optim.lr=1,2 -o s": ["--config absent.yaml", "no such file"],
+    "sample nowhere": NO_RUN,
+    "eval nowhere": ["POLICY = nowhere", "there is no such folder"],
+    "eval model": ["data.eval_path", "no held-out prompts", "--data"],
+    "eval model --prompts 0": ["data.eval_prompts = 0", "greater than or equal to 1"],
+    "reweight nowhere": NO_RUN,
+    "report nowhere": NO_RUN,
+    "replay nowhere --step 1": NO_RUN,
+    "replay nowhere --step x": ["--step", "invalid int value", "replay --help"],
+    "export nowhere out": NO_RUN,
+    "serve-reward --config absent.yaml": ["--config absent.yaml", "no such file"],
+    "serve-reward --config config.yaml --host 0.0.0.0": ["--host 0.0.0.0", "a token is wanted", "--token-file"],
+    "serve-reward --config config.yaml --port 70000": ["--port 70000", "1 to 65535"],
+    "serve-reward --config config.yaml --token-file absent": ["--token-file absent", "cannot be read"],
+    "health runs --stale-s soon": ["--stale-s", "invalid float value", "health --help"],
 }
 
 
@@ -309,6 +344,25 @@ def test_the_dry_run_as_a_process_of_its_own(name, task):
     assert done.stdout == "" and listing(task) == before
 
 
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """Nothing is written there, so that one does for all."""
+    folder = tmp_path_factory.mktemp("verbs")
+    make_task(folder)
+    (folder / "home").mkdir()
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("line", VERB_MISTAKES)
+def test_a_mistake_with_another_verb_is_one_line_too(line, place):
+    before = listing(place)
+    done = command(place, *line.split())
+    assert done.returncode == 2, done.stdout + done.stderr
+    says(done.stderr, VERB_MISTAKES[line])
+    assert done.stdout == "" and listing(place) == before
+
+
 def test_held_out_prompts_that_are_trained_on_are_told_before_the_start(task, monkeypatch, capfd):
     monkeypatch.chdir(task)
     (task / "held.jsonl").write_text('{"prompt": "the cat sat"}\n{"prompt": "the mat sat"}\n')
@@ -386,5 +440,6 @@ def test_a_tokenizer_without_a_pad_token_works(task, monkeypatch):
     assert cli.main(["train", "--config", "config.yaml", "--dry-run"]) == 0
 
 
-def test_at_least_thirty():
-    assert len(MISTAKES) >= 30
+def test_at_least_sixty_and_each_verb_has_one():
+    assert len(MISTAKES) >= 60
+    assert {verb.name for verb in verbs.VERBS} <= {line.split()[0] for line in VERB_MISTAKES}

@@ -24,7 +24,7 @@ from cards_run import Run
 from core.config import load
 from core.faults import ProcessFault, UserError
 from core.schema import Config
-from launch import build, cluster, reservation
+from launch import build, cluster, ray_auth, reservation
 from launch.reservation import Seats, reserve, seats_of_run
 from trainer.ranks import Ranks
 
@@ -70,7 +70,7 @@ class Nodes:
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[Nodes]:
     cluster.prepare_environment()
-    cluster._private_token()
+    ray_auth.private_token(make=True)
     enable_token_auth_by_default()  # as ray.init does it for a Ray that it starts; a Cluster does not
     started = Nodes()
     try:
