@@ -342,3 +342,38 @@ def test_a_worker_whose_node_is_gone_ends_the_run_by_name(nodes, task):
         assert time.monotonic() - started < cfg.rollout.timeout_s
     finally:
         workers.close()
+
+
+def test_a_worker_on_cpus_whose_node_is_lost_waits_for_one_that_joins(nodes, task):
+    """Apart from the learner, on two nodes. The last but one test took the second node away; this one makes its own."""
+    for node in list(nodes.cluster.worker_nodes):
+        nodes.cluster.remove_node(node)
+    memory = {"object_store_memory": 100 * 2**20, "num_cpus": 2}
+    others = {node.node_id: node for node in (nodes.cluster.add_node(**memory) for _ in range(2))}
+    options = {"rollout__placement": "apart", "resources__device": "cpu", "resources__ray_address": nodes.address}
+    cfg = configured(task, rollout__workers=2, **options)
+    seats = reserve(cfg, "cpu", [], 1, (nodes.a,))
+    tokenizer, notes = build.load_tokenizer(cfg.model.path), []
+    prompts, _ = build.prompt_streams(cfg, tokenizer)
+    workers = build.rollouts(cfg, tokenizer, "cpu", notes.append, seats=seats)
+    group = workers._group
+    try:
+        workers.wait_ready()
+        first, second = (where(slot.actor)[0] for slot in group._slots)
+        assert {first, second} == set(others)
+        nodes.cluster.remove_node(others[second])
+        chunks = [prompts.take(2, 1) for _ in range(4)]
+        assert sorted(number for number, _, _ in group.generate(chunks)) == [0, 1, 2, 3]
+        assert group._slots[1].actor is None and "no other node may have it" in notes[-1], notes
+        third = nodes.cluster.add_node(**memory)
+        assert len(list(group.generate(chunks))) == 4
+        workers.wait_ready()
+        assert where(group._slots[1].actor)[0] == third.node_id and "worker-1.1" in notes[-1], notes
+        nodes.cluster.remove_node(others[first])
+        nodes.cluster.remove_node(third)
+        with pytest.raises(
+            ProcessFault, match="on node .*, which .*it was the last one, and no other node may have it"
+        ):
+            list(group.generate(chunks))
+    finally:
+        workers.close()

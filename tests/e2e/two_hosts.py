@@ -44,6 +44,8 @@ class TwoHosts:
         token.write_text(secrets.token_hex(32))
         self.environment = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
         self.environment |= {"RAY_worker_niceness": "0", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+        # Ray gives a node up after five questions without an answer: here after half a minute, else after one.
+        self.environment |= {"RAY_health_check_period_ms": "1000", "RAY_health_check_timeout_ms": "5000"}
         self.environment.pop("RAY_ADDRESS", None)
 
     def build(self) -> None:
@@ -64,6 +66,12 @@ class TwoHosts:
     def remove_node(self) -> None:
         _end(self._nodes.pop(self.there))
 
+    def pids_here(self) -> set[int]:
+        return _pids(self.here)
+
+    def pids_there(self) -> set[int]:
+        return _pids(self.there)
+
     def command(self, *words: str) -> list[str]:
         """Has the words run here."""
         variables = [f"{name}={self.environment[name]}" for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH")]
@@ -80,10 +88,9 @@ class TwoHosts:
         for process in self._nodes.values():
             _end(process)
         for name in (self.here, self.there):  # who was started by a node that lost its head, and lives on
-            found = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True)
-            for pid in found.stdout.split():
+            for pid in _pids(name):
                 try:
-                    os.kill(int(pid), signal.SIGKILL)
+                    os.kill(pid, signal.SIGKILL)
                 except ProcessLookupError:
                     continue
             subprocess.run(["ip", "netns", "delete", name], capture_output=True)
@@ -106,6 +113,11 @@ class TwoHosts:
             assert self._nodes[name].poll() is None, f"Ray did not start:\n{log.read_text(errors='replace')[-3000:]}"
             assert time.monotonic() < deadline, f"no Ray after {UP_S:g} s:\n{log.read_text(errors='replace')[-3000:]}"
             time.sleep(0.1)
+
+
+def _pids(name: str) -> set[int]:
+    found = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True)
+    return {int(pid) for pid in found.stdout.split()}
 
 
 def _ip(*words: str) -> None:
