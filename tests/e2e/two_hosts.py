@@ -57,7 +57,8 @@ class TwoHosts:
             _ip("-n", name, "address", "add", f"{address}/24", "dev", "cable")
             for device in ("lo", "cable"):
                 _ip("-n", name, "link", "set", device, "up")
-        self._start(self.here, "--head", f"--port={PORT}", f"--node-ip-address={HERE}", f"--temp-dir={self.folder}/r")
+        head = ["--head", f"--port={PORT}", "--include-dashboard=false", f"--temp-dir={self.folder}/r"]
+        self._start(self.here, *head, f"--node-ip-address={HERE}")
 
     def add_node(self) -> None:
         """The node there; a new one, where there was one that is lost."""
@@ -99,7 +100,7 @@ class TwoHosts:
         self.started += 1
         log = self.folder / f"node-{self.started}.log"
         ray = [str(Path(sys.executable).parent / "ray"), "start", "--block", "--disable-usage-stats", "--num-cpus=1"]
-        ray += ["--include-dashboard=false", f"--object-store-memory={80 * 2**20}"]
+        ray += [f"--object-store-memory={80 * 2**20}"]
         with log.open("wb") as out:
             self._nodes[name] = subprocess.Popen(
                 ["ip", "netns", "exec", name, *ray, *options],
