@@ -52,8 +52,8 @@ def device(cfg: Config) -> str:
         )
     if cfg.rollout.placement == "apart" and cfg.resources.ray_address is None:
         raise UserError(
-            "rollout.placement = apart: does nothing on the CPU of one machine; leave it out, or name a cluster"
-            " (resources.ray_address)"
+            "rollout.placement = apart: does nothing on a CPU of one machine, where no GPU is shared; leave it out, or"
+            " name a cluster (resources.ray_address)"
         )
     return "cpu"
 

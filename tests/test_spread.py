@@ -66,6 +66,6 @@ def test_a_line_for_each_node_says_who_is_there():
 def test_apart_on_cpus_is_for_a_cluster(tmp_path):
     values = {"model.path": "m", "data.path": "p.jsonl", "rewards.r.fn": "m:f", "rollout.placement": "apart"}
     values |= {"resources.device": "cpu"}
-    with pytest.raises(UserError, match="rollout.placement = apart: does nothing on the CPU of one machine"):
+    with pytest.raises(UserError, match="rollout.placement = apart: does nothing on a CPU of one machine"):
         cluster.device(load(None, values))
     assert cluster.device(load(None, values | {"resources.ray_address": "10.0.0.1:6379"})) == "cpu"
