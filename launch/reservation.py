@@ -62,8 +62,9 @@ class OnNodes:
     def take(self, number: int) -> str | None:
         """The node that worker `number` is started on now: its own, or, where that is lost, one of those that are
         left. None: none of them may have it."""
-        alive, left = _alive(), _for_workers()
-        self.names |= _places()
+        alive = _alive()
+        left = _for_workers(alive)
+        self.names |= _places(alive)
         if self.planned[number] in left and _answers(alive[self.planned[number]]):
             self.now[number] = self.planned[number]
             return self.now[number]
@@ -189,8 +190,8 @@ def reserve(
 
 def _spread(cfg: Config, ranks_on: tuple[str, ...]) -> OnNodes:
     apart = cfg.rollout.placement == "apart"
-    spread, names = Spread(workers=cfg.rollout.workers, learners=ranks_on, apart=apart), _places()
-    planned = spread.over(_for_workers())
+    spread, alive = Spread(workers=cfg.rollout.workers, learners=ranks_on, apart=apart), _alive()
+    names, planned = _places(alive), spread.over(_for_workers(alive))
     if not planned:
         raise UserError(
             f"rollout.placement = apart: the cluster has no node but the learners' ({', '.join(names.values())}) that"
@@ -276,11 +277,11 @@ def on_node(node: str) -> dict[str, Any]:
     return {"scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False)}
 
 
-def _for_workers() -> list[str]:
+def _for_workers(alive: dict[str, Any]) -> list[str]:
     """Ids of the nodes that rollout workers on CPUs may be on, by address: those that give Ray a CPU (the head of a
     cluster often gives it none, to have no work), or, where none does, all."""
-    alive, places = _alive(), _places()
-    nodes = sorted(alive.keys() & places.keys(), key=lambda node: places[node])
+    places = _places(alive)
+    nodes = sorted(alive, key=lambda node: places[node])
     return [node for node in nodes if alive[node]["Resources"].get("CPU")] or nodes
 
 
@@ -298,9 +299,10 @@ def _alive() -> dict[str, Any]:
     return {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
 
 
-def _places() -> dict[str, str]:
-    """Id of each node -> its address, with the id where several have one address."""
-    addresses = {node: info["NodeManagerAddress"] for node, info in _alive().items()}
+def _places(alive: dict[str, Any] | None = None) -> dict[str, str]:
+    """Id of each node, of all or of those -> its address, with the id where several have one address."""
+    alive = _alive() if alive is None else alive
+    addresses = {node: info["NodeManagerAddress"] for node, info in alive.items()}
     alone = len(set(addresses.values())) == len(addresses)
     return {node: address if alone else f"{address} ({node[:8]})" for node, address in addresses.items()}
 
