@@ -312,6 +312,7 @@ def _group(
         make_args,
         actor_options=functools.partial(worker_options, cfg, seats),
         where=seats.where,
+        moves=seats.moves,
         timeout_s=cfg.rollout.timeout_s,
         max_losses=cfg.rollout.max_worker_losses,
         note=note,

@@ -75,6 +75,19 @@ class OnNodes:
             left.remove(seats[number])
         return None
 
+    def moves(self, number: int) -> bool:
+        """Whether worker `number`, which is not where it was planned since that node was lost, has found a node that
+        joined and has no worker of this rank: it is planned there from now on."""
+        if self.now.get(number) == self.planned[number]:
+            return False
+        alive = _alive()
+        used = {*self.now.values(), *(self.spread.learners if self.spread.apart else ())}
+        fresh = [node for node in _for_workers(alive) if node not in used and _answers(alive[node])]
+        if fresh:
+            self.names |= _places(alive)
+            self.planned = (*self.planned[:number], fresh[0], *self.planned[number + 1 :])
+        return bool(fresh)
+
 
 @dataclass(frozen=True)
 class Seats:
@@ -118,6 +131,10 @@ class Seats:
         if not _answers(info):
             return f"on node {name}, which does not answer", True
         return f"on node {name}", False
+
+    def moves(self, number: int) -> bool:
+        """See OnNodes; nobody with a GPU moves."""
+        return self.on_nodes is not None and self.on_nodes.moves(number)
 
     def _seat(self, who: str, seats: tuple, number: int) -> dict[str, Any]:
         if not seats:

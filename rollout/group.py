@@ -12,7 +12,8 @@ killed, replaced and its chunk dealt out again with attempt + 1. Ray retries not
 twice unseen. A replacement gets the latest weights before its first chunk. `close` kills all workers.
 
 A chunk is finished when its trajectories lie on the driver's node: until then its worker's node may take them with it.
-A worker that no node may have waits for one, asked for before each call of `generate`, while the others write.
+A worker that no node may have waits for one that joins; if all of them do, for `timeout_s`. One whose node was lost
+moves, between two calls of `generate`, to a node that joined later.
 """
 
 import time
@@ -29,7 +30,9 @@ from core.trajectory import PromptRequest, Trajectory
 from core.weights import Probe, WeightAck, WeightManifest
 from rollout.worker import RolloutWorker
 
+LOOK_S = 1.0  # between two looks for a node that joined
 LOCAL_S = 10.0  # to map what lies on this node already
+NETWORK = "Look at that node and its network; the same command goes on from the last checkpoint"
 LOST = (RayActorError, ActorUnschedulableError, ObjectLostError, GetTimeoutError)  # a worker, or what it wrote
 
 
@@ -58,6 +61,7 @@ class _Slot:
     result: Any = None  # ObjectRef of the trajectories it is writing
     coming: list[Any] = field(default_factory=list)  # of receipt and result, what is not on this node yet
     deadline: float = 0.0
+    lost: str = ""  # of the worker before this one: which, where, when
 
     def expect(self, receipt: Any, timeout_s: float, result: Any = None) -> None:
         self.receipt, self.result, self.deadline = receipt, result, time.monotonic() + timeout_s
@@ -84,6 +88,7 @@ class RolloutGroup:
         note: Callable[[str], None],
         rest: bool = False,
         where: Callable[[int], tuple[str, bool]] = lambda number: ("", False),
+        moves: Callable[[int], bool] = lambda number: False,
     ) -> None:
         """
         Args:
@@ -96,10 +101,11 @@ class RolloutGroup:
             rest: tell the workers when all chunks are written, so that they free their devices until the next call.
             where: number of a worker that was started -> on which node that is, in words, and whether the node is out
                 of reach; asked when the worker is lost.
+            moves: number of a worker that serves -> whether it is to be started anew, on another node.
         """
         self._make_args, self._actor_options = make_args, actor_options
         self._timeout_s, self._max_losses, self._note, self._rest = timeout_s, max_losses, note, rest
-        self._where = where
+        self._where, self._moves = where, moves
         self._latest: WeightUpdate | None = None
         self._staging: dict[str, Any] = {}  # name -> actor of the workers that get the version on its way early
         self._slots = [_Slot(i) for i in workers]
@@ -126,14 +132,19 @@ class RolloutGroup:
         `begun`, by sample uid, and `most`: as RolloutWorker.generate has them.
         """
         for slot in self._slots:
-            if slot.actor is None and not self._closed:
-                self._spawn(slot)
+            if slot.ready and self._moves(slot.index):
+                self._note(f"{slot.name} moves to a node that joined the cluster")
+                self.pids.pop(slot.name, None)
+                ray.kill(slot.actor)
+                slot.vacate()
         todo = deque(enumerate(chunks))
         while todo or any(slot.chunk for slot in self._slots):
+            self._fill()
             for slot in self._slots:
                 if todo and slot.ready and not slot.chunk:
                     self._assign(slot, *todo.popleft(), begun or {}, most)
-            yield from self._await_any([s for s in self._slots if s.receipt is not None], todo)
+            if busy := [slot for slot in self._slots if slot.receipt is not None]:
+                yield from self._await_any(busy, todo)
         if most is None:
             self.let_rest()
 
@@ -207,6 +218,24 @@ class RolloutGroup:
             if slot.actor is not None:
                 ray.kill(slot.actor)
                 slot.actor = None
+
+    def _fill(self) -> None:
+        """Start a worker in each slot that is vacant, where a node may have it now. Raises ProcessFault where all have
+        been vacant until their deadline."""
+        if self._closed:
+            return
+        for slot in self._slots:
+            if slot.actor is None:
+                self._spawn(slot)
+        if any(slot.actor is not None for slot in self._slots):
+            return
+        last = max(self._slots, key=lambda slot: slot.deadline)
+        if time.monotonic() >= last.deadline:
+            raise ProcessFault(
+                f"{last.lost}; no other node may have it, and none has joined within rollout.timeout_s ="
+                f" {self._timeout_s:g} s. {NETWORK}"
+            )
+        time.sleep(LOOK_S)
 
     def _spawn(self, slot: _Slot) -> bool:
         """Start the next worker of a slot; False where no node may have it, for now."""
@@ -292,25 +321,22 @@ class RolloutGroup:
             raise ProcessFault(f"{slot.name} cannot start: {error}")
         place, out_of_reach = self._where(slot.index)
         reason = "missed its deadline" if isinstance(error, GetTimeoutError) else "died"
-        lost = f"{slot.name}{f' {place},' if place else ''} {reason} {when}"
-        remedy = "Look at its last words above, often: no memory left"
-        if out_of_reach:
-            remedy = "Look at that node and its network; the same command goes on from the last checkpoint"
+        slot.lost = f"{slot.name}{f' {place},' if place else ''} {reason} {when}"
         self.counters["worker_lost"] += 1
         self.pids.pop(slot.name, None)
         ray.kill(slot.actor)
         slot.vacate()
         if self.counters["worker_lost"] > self._max_losses:
+            remedy = NETWORK if out_of_reach else "Look at its last words above, often: no memory left"
             raise ProcessFault(
-                f"{lost}, the {self.counters['worker_lost']}th loss of a rollout worker; rollout.max_worker_losses is"
+                f"{slot.lost}, loss {self.counters['worker_lost']} of a rollout worker; rollout.max_worker_losses is"
                 f" {self._max_losses}. {remedy}"
             )
         if self._spawn(slot):
-            self._note(f"{lost}; a new one starts and its prompts are dealt out again")
-        elif any(other.actor is not None for other in self._slots):
-            self._note(f"{lost}; no other node may have it, and the others write its prompts until one joins")
+            self._note(f"{slot.lost}; a new one starts and its prompts are dealt out again")
         else:
-            raise ProcessFault(f"{lost}; it was the last one, and no other node may have it. {remedy}")
+            slot.deadline = time.monotonic() + self._timeout_s
+            self._note(f"{slot.lost}; no other node may have it, and it waits for one to join the cluster")
 
     @staticmethod
     def _cause(error: RayTaskError, slot: _Slot) -> Exception:
