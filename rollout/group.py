@@ -113,7 +113,8 @@ class RolloutGroup:
         self.pids: dict[str, int] = {}
         self.counters: Counter[str] = Counter()
         for slot in self._slots:
-            self._spawn(slot)
+            if not self._spawn(slot):
+                slot.lost, slot.deadline = f"worker-{slot.index} has no node", time.monotonic() + timeout_s
 
     def wait_ready(self) -> None:
         """Until every worker has loaded its model. Deadline `timeout_s` per worker."""
@@ -221,9 +222,9 @@ class RolloutGroup:
 
     def _fill(self) -> None:
         """Start a worker in each slot that is vacant, where a node may have it now. Raises ProcessFault where all have
-        been vacant until their deadline."""
+        been vacant until their deadline, or were closed."""
         if self._closed:
-            return
+            raise ProcessFault("the rollout workers were ended while they wrote")
         for slot in self._slots:
             if slot.actor is None:
                 self._spawn(slot)
