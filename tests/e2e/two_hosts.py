@@ -65,7 +65,9 @@ class TwoHosts:
         self._start(self.there, f"--address={HERE}:{PORT}", f"--node-ip-address={THERE}")
 
     def remove_node(self) -> None:
+        """What is left of the node there."""
         _end(self._nodes.pop(self.there))
+        _sweep(self.there)
 
     def pids_here(self) -> set[int]:
         return _pids(self.here)
@@ -88,37 +90,45 @@ class TwoHosts:
         """Ends what was started in both and takes them away."""
         for process in self._nodes.values():
             _end(process)
-        for name in (self.here, self.there):  # who was started by a node that lost its head, and lives on
-            for pid in _pids(name):
-                try:
-                    os.kill(pid, signal.SIGKILL)
-                except ProcessLookupError:
-                    continue
+        for name in (self.here, self.there):
+            _sweep(name)
             subprocess.run(["ip", "netns", "delete", name], capture_output=True)
 
     def _start(self, name: str, *options: str) -> None:
-        self.started += 1
-        log = self.folder / f"node-{self.started}.log"
         ray = [str(Path(sys.executable).parent / "ray"), "start", "--block", "--disable-usage-stats", "--num-cpus=1"]
-        ray += [f"--object-store-memory={80 * 2**20}"]
-        with log.open("wb") as out:
-            self._nodes[name] = subprocess.Popen(
-                ["ip", "netns", "exec", name, *ray, *options],
-                env=self.environment,
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=subprocess.STDOUT,
-            )
+        command = ["ip", "netns", "exec", name, *ray, f"--object-store-memory={80 * 2**20}", *options]
         deadline = time.monotonic() + UP_S
-        while "Ray runtime started" not in log.read_text(errors="replace"):
-            assert self._nodes[name].poll() is None, f"Ray did not start:\n{log.read_text(errors='replace')[-3000:]}"
-            assert time.monotonic() < deadline, f"no Ray after {UP_S:g} s:\n{log.read_text(errors='replace')[-3000:]}"
-            time.sleep(0.1)
+        while True:
+            self.started += 1
+            log = self.folder / f"node-{self.started}.log"
+            with log.open("wb") as out:
+                io = {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": subprocess.STDOUT}
+                self._nodes[name] = subprocess.Popen(command, env=self.environment, **io)
+            while True:
+                words, ended = log.read_text(errors="replace"), self._nodes[name].poll() is not None
+                if "Ray runtime started" in words:
+                    return
+                assert time.monotonic() < deadline, f"no Ray after {UP_S:g} s:\n{words[-3000:]}"
+                if ended:
+                    break
+                time.sleep(0.1)
+            # Ray allows a node 30 s to register, whatever else the machine is doing.
+            assert "timed out during startup" in words, f"Ray did not start:\n{words[-3000:]}"
+            _sweep(name)
 
 
 def _pids(name: str) -> set[int]:
     found = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True)
     return {int(pid) for pid in found.stdout.split()}
+
+
+def _sweep(name: str) -> None:
+    """End whoever lives on in a namespace: of a node that Ray gave up, some do."""
+    for pid in _pids(name):
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
 
 
 def _ip(*words: str) -> None:
