@@ -105,7 +105,8 @@ class TwoHosts:
                 io = {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": subprocess.STDOUT}
                 self._nodes[name] = subprocess.Popen(command, env=self.environment, **io)
             while True:
-                words, ended = log.read_text(errors="replace"), self._nodes[name].poll() is not None
+                ended = self._nodes[name].poll() is not None
+                words = log.read_text(errors="replace")  # after that look, or the last of them may be missing
                 if "Ray runtime started" in words:
                     return
                 assert time.monotonic() < deadline, f"no Ray after {UP_S:g} s:\n{words[-3000:]}"
