@@ -207,10 +207,11 @@ class RolloutConfig(Section):
     timeout_s: float = Field(600, gt=0)
     """Deadline of one chunk, of a worker's start, and of its replacement."""
     max_worker_losses: int = Field(8, ge=0)
-    """Workers of one learner process that may die or hang during the run before it stops."""
+    """Workers of one learner process that may die or hang during the run before it stops; a lost node loses all of
+    its own."""
     placement: Literal["colocated", "apart"] = "colocated"
-    """Where workers sit on a machine with GPUs: on those of learners, worker i beside learner i mod N, or on others
-    (docs/placement.md)."""
+    """Where workers sit. On GPUs: on those of learners, worker i beside learner i mod N, or on others. On CPUs, in a
+    cluster that the run joins: on all of its nodes, or on those without a learner (docs/placement.md)."""
     gpus_per_worker: float | None = Field(None, ge=0.01, le=1)
     """Share of a GPU that Ray reserves for each worker; null: for the embedded engine an equal share of the GPU that it
     sits on, for vLLM `tensor_parallel_size`. A share is a count: nothing keeps a worker from using more memory."""

@@ -311,10 +311,14 @@ def engine_loader(cfg: Config, stop: tuple[int, ...], device: str) -> Callable[[
     )
 
 
-def worker_options(cfg: Config, seats: Seats, number: int) -> dict[str, Any]:
-    """Ray's options for a rollout worker. Raises ProcessFault where the node of its GPU is gone."""
+def worker_options(cfg: Config, seats: Seats, number: int) -> dict[str, Any] | None:
+    """Ray's options for a rollout worker; None where no node may have it. Raises ProcessFault where the node of its GPU
+    is gone."""
+    place = seats.worker(number)
+    if place is None:
+        return None
     # No CPU of Ray's count: on a small host the last actor would wait for ever.
-    options: dict[str, Any] = {"num_cpus": 0} | seats.worker(number)
+    options: dict[str, Any] = {"num_cpus": 0} | place
     if cfg.rollout.python is not None:
         options["runtime_env"] = interpreter.environment(cfg.rollout.python)
     return options
@@ -340,6 +344,8 @@ def _group(
         workers,
         make_args,
         actor_options=functools.partial(worker_options, cfg, seats),
+        where=seats.where,
+        moves=seats.moves,
         timeout_s=cfg.rollout.timeout_s,
         max_losses=cfg.rollout.max_worker_losses,
         note=note,

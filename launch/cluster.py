@@ -51,8 +51,11 @@ def device(cfg: Config) -> str:
             f"rollout.gpus_per_worker = {cfg.rollout.gpus_per_worker:g}: does nothing on a CPU, where workers have no"
             " GPU; leave it out"
         )
-    if cfg.rollout.placement == "apart":
-        raise UserError("rollout.placement = apart: does nothing on a CPU, where no GPU is shared; leave it out")
+    if cfg.rollout.placement == "apart" and cfg.resources.ray_address is None:
+        raise UserError(
+            "rollout.placement = apart: does nothing on a CPU of one machine, where no GPU is shared; leave it out, or"
+            " name a cluster (resources.ray_address)"
+        )
     return "cpu"
 
 

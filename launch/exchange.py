@@ -16,6 +16,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError
 
 from core.faults import ProcessFault
+from launch.reservation import on_node
 
 Box = tuple[str, int]  # kind of content, rank that it is for
 
@@ -40,7 +41,8 @@ class Exchange:
     @classmethod
     def create(cls, name: str, timeout_s: float) -> "Exchange":
         """The actor, under a name in a Ray namespace of the same name."""
-        remote = ray.remote(ExchangeActor).options(name=name, namespace=name, num_cpus=0, max_concurrency=1000)
+        here = on_node(ray.get_runtime_context().get_node_id())  # another one may be lost
+        remote = ray.remote(ExchangeActor).options(name=name, namespace=name, num_cpus=0, max_concurrency=1000, **here)
         exchange = cls(remote.remote(), timeout_s)
         ray.get(exchange._actor.__ray_ready__.remote(), timeout=timeout_s)
         return exchange

@@ -12,7 +12,7 @@ their bundles, since Ray does not know them: what is left there is for who sits 
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from core.faults import ProcessFault, UserError
@@ -97,6 +97,46 @@ class Plan:
         return [f"{node}: {' | '.join(parts)}" for node, parts in of_node.items()]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Spread:
+    """Rollout workers without GPUs, over the nodes of a cluster that the run has joined."""
+
+    workers: int
+    learners: tuple[str, ...]  # the node of each rank, which drives workers rank, rank + N, ...; () without learners
+    apart: bool = False  # not on a learner's node
+
+    def over(self, nodes: Sequence[str]) -> tuple[str, ...]:
+        """The node of each worker, by number; () where none of `nodes` may have one.
+
+        No node has two workers more than another. Within that a worker sits on its learner's node, where it can.
+        """
+        load = {node: 0 for node in [*self.learners, *nodes] if node in nodes}
+        if self.apart:
+            load = {node: 0 for node in load if node not in self.learners}
+        if not load:
+            return ()
+        homes = [self.learners[number % len(self.learners)] if self.learners else "" for number in range(self.workers)]
+        fair, seats = self.workers // len(load), dict[int, str]()
+        for number, home in enumerate(homes):
+            if load.get(home, fair) < fair:
+                seats[number] = home
+                load[home] += 1
+        for number, home in enumerate(homes):
+            if number not in seats:
+                seats[number] = min(load, key=lambda node: (load[node], node != home))
+                load[seats[number]] += 1
+        return tuple(seats[number] for number in range(self.workers))
+
+    def lines(self, seats: Sequence[str], names: Mapping[str, str]) -> list[str]:
+        """One for each node that has anybody: who sits there. `seats`: as `over` gives them. `names`: of nodes."""
+        of_node: dict[str, list[str]] = {}
+        for kind, nodes in (("learner", self.learners), ("worker", seats)):
+            for node in dict.fromkeys(nodes):
+                here = tuple(number for number, where in enumerate(nodes) if where == node)
+                of_node.setdefault(node, []).append(_named(kind, here, 1))
+        return [f"{names[node]}: {' + '.join(words)}" for node, words in of_node.items()]
+
+
 class _NoRoom(Exception):
     """For `who`: learners, workers or servers."""
 
@@ -145,11 +185,11 @@ def of_machine(cfg: Config, device: str, learners: int) -> Plan | None:
 
     Raises UserError where there is no room.
     """
+    if cfg.resources.ray_address is not None:
+        return None
     wanted = Wanted.of(cfg, device, (THIS_MACHINE,) * learners, learners)
     if not wanted.any:
         return Plan()
-    if cfg.resources.ray_address is not None:
-        return None
     import torch
 
     return plan(wanted, {THIS_MACHINE: torch.cuda.device_count()})

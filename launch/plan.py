@@ -76,7 +76,7 @@ def plan(cfg: Config, learners: int = 1, sharding: Sharding | None = None) -> st
 
 def _seats_in_words(seats: placement.Plan | None, cfg: Config) -> list[str]:
     if seats is None:
-        lines = [f"decided when the Ray at {cfg.resources.ray_address} is joined, by the GPUs that are free there"]
+        lines = [f"decided when the Ray at {cfg.resources.ray_address} is joined, by its nodes and what is free there"]
     else:
         lines = seats.lines or ["no GPUs"]
     return [f"{'placement' if not i else '':10} {line}" for i, line in enumerate(lines)]

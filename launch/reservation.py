@@ -1,4 +1,5 @@
-"""The GPUs of a plan, held in Ray by two placement groups. Ray ends them with the driver that made them, killed or not.
+"""Who sits where, held in Ray: GPUs by two placement groups, which end with the driver that made them, killed or not;
+rollout workers on CPUs, in a cluster that was joined, by the id of a node each.
 
     rank r   node and GPU that it computes on  ->  rank 0
     rank 0   nodes and what is free  ->  plan (launch/placement.py), or an error at once
@@ -12,24 +13,26 @@ group, READY_S at most; two runs that reach for the same GPU at the same time ar
 """
 
 import os
+import socket
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
 from ray._private.state import available_resources_per_node  # the public one adds up all nodes
 from ray.exceptions import GetTimeoutError, RayError
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from core.faults import ProcessFault, UserError
 from core.schema import Config
-from launch.placement import Bundle, Plan, Wanted, plan_beside_others
+from launch.placement import Bundle, Plan, Spread, Wanted, plan_beside_others
 from trainer.ranks import Ranks
 
 READY_S = 60.0  # for a group that has room: milliseconds; and for the first process in it to start
 FREED_S = 2.0  # until Ray has noticed the end of a run that ended a moment ago
+ANSWER_S = 3.0  # of a raylet to a connection, which takes milliseconds; Ray calls a node alive for longer
 NODE = "ray.io/node-id"  # a label that Ray gives each node
 
 
@@ -43,21 +46,95 @@ class Held:
     place: str  # its name
 
 
+@dataclass
+class OnNodes:
+    """Rollout workers on the CPUs of a cluster; nodes by their ids. Each rank has a copy, for its own workers."""
+
+    spread: Spread
+    names: dict[str, str]  # of each node that was there at the start
+    planned: tuple[str, ...]  # the node of each worker
+    now: dict[int, str] = field(default_factory=dict)  # of each worker that was started
+
+    @property
+    def lines(self) -> list[str]:
+        return self.spread.lines(self.planned, self.names)
+
+    def take(self, number: int) -> str | None:
+        """The node that worker `number` is started on now: its own, or, where that is lost, one of those that are
+        left. None: none of them may have it."""
+        alive = _alive()
+        left = _for_workers(alive)
+        self.names |= _places(alive)
+        if self.planned[number] in left and _answers(alive[self.planned[number]]):
+            self.now[number] = self.planned[number]
+            return self.now[number]
+        while seats := self.spread.over(left):
+            if _answers(alive[seats[number]]):
+                self.now[number] = seats[number]
+                return self.now[number]
+            left.remove(seats[number])
+        return None
+
+    def moves(self, number: int) -> bool:
+        """Whether worker `number`, which is not where it was planned since that node was lost, has found a node that
+        joined and has no worker of this rank: it is planned there from now on."""
+        if self.now.get(number) == self.planned[number]:
+            return False
+        alive = _alive()
+        used = {*self.now.values(), *(self.spread.learners if self.spread.apart else ())}
+        fresh = [node for node in _for_workers(alive) if node not in used and _answers(alive[node])]
+        if fresh:
+            self.names |= _places(alive)
+            self.planned = (*self.planned[:number], fresh[0], *self.planned[number + 1 :])
+        return bool(fresh)
+
+
 @dataclass(frozen=True)
 class Seats:
-    """Ray's options for those who have a GPU; of everybody else there are none. Ranks hand it to each other."""
+    """Ray's options for those who have a place of their own; of everybody else there are none. Ranks hand it to each
+    other."""
 
     plan: Plan = Plan()
     held: tuple[Held, ...] = ()  # by the plan's number of the bundle
     servers_of_rank: int = 0
+    ranks_on: tuple[str, ...] = ()  # id of the node of each learner process; () in a Ray of our own, which has one node
+    on_nodes: OnNodes | None = None
 
-    def worker(self, number: int) -> dict[str, Any]:
-        """Of rollout worker `number`, also when it is started again. Raises ProcessFault where its node is gone."""
-        return self._seat(f"worker-{number}", self.plan.workers, number)
+    def worker(self, number: int) -> dict[str, Any] | None:
+        """Of rollout worker `number`, also when it is started again. None: no node may have it, for now. Raises
+        ProcessFault where the node of its GPU is gone."""
+        if self.on_nodes is None:
+            return self._seat(f"worker-{number}", self.plan.workers, number)
+        node = self.on_nodes.take(number)
+        return None if node is None else on_node(node)
 
     def server(self, rank: int, number: int) -> dict[str, Any]:
-        """Of a reward server of `rank`, as `worker`."""
+        """Of a reward server of `rank`, as `worker`; without a GPU of its own it is on the node of its learner."""
+        if not self.plan.servers and self.ranks_on:
+            return on_node(self.ranks_on[rank])
         return self._seat("the reward server", self.plan.servers, rank * self.servers_of_rank + number)
+
+    def where(self, number: int) -> tuple[str, bool]:
+        """In words, the node of a worker that was started, and whether that is out of reach. Where a run has one node,
+        ("", False)."""
+        if self.on_nodes is not None and number in self.on_nodes.now:
+            node = self.on_nodes.now[number]
+            name = self.on_nodes.names[node]
+        elif self.plan.workers:
+            held = self.held[self.plan.workers[number].bundle]
+            node, name = held.node, held.place
+        else:
+            return "", False
+        info = _alive().get(node)
+        if info is None:
+            return f"on node {name}, which Ray has lost", True
+        if not _answers(info):
+            return f"on node {name}, which does not answer", True
+        return f"on node {name}", False
+
+    def moves(self, number: int) -> bool:
+        """See OnNodes; nobody with a GPU moves."""
+        return self.on_nodes is not None and self.on_nodes.moves(number)
 
     def _seat(self, who: str, seats: tuple, number: int) -> dict[str, Any]:
         if not seats:
@@ -71,7 +148,7 @@ class Seats:
         return _options(held, seat.gpus)
 
 
-NO_SEATS = Seats()  # on CPUs
+NO_SEATS = Seats()  # on the CPUs of one machine
 
 
 def seats_of_run(cfg: Config, ranks: Ranks, device: Any, note: Callable[[str], None]) -> Seats:
@@ -82,15 +159,21 @@ def seats_of_run(cfg: Config, ranks: Ranks, device: Any, note: Callable[[str], N
     Raises:
         UserError: the plan does not fit on the cluster. ProcessFault: others hold what it wants, or were faster.
     """
-    if not Wanted.of(cfg, device.type, ("",) * ranks.size, ranks.size).any:
+    joined = cfg.resources.ray_address is not None
+    if not joined and not Wanted.of(cfg, device.type, ("",) * ranks.size, ranks.size).any:
         return NO_SEATS
-    learners: list[tuple[str, str]] = []
-    if device.type != "cpu":
-        learners = ranks.gather((ray.get_runtime_context().get_node_id(), gpu_name(device.index or 0)))
+    here = ray.get_runtime_context().get_node_id()
+    on_gpus = device.type != "cpu"
+    of_ranks = ranks.gather((here, gpu_name(device.index or 0) if on_gpus else ""))
     with ranks.together():
-        seats = reserve(cfg, device.type, learners, ranks.size) if ranks.is_main else None
-        for line in seats.plan.lines if seats else ():
-            note(f"GPUs of {line}")
+        seats = None
+        if ranks.is_main:
+            ranks_on = tuple(node for node, _ in of_ranks) if joined else ()
+            seats = reserve(cfg, device.type, of_ranks if on_gpus else [], ranks.size, ranks_on)
+            for line in seats.plan.lines:
+                note(f"GPUs of {line}")
+            for line in seats.on_nodes.lines if seats.on_nodes else ():
+                note(f"node {line}")
     return ranks.from_main(seats)
 
 
@@ -100,9 +183,11 @@ def gpu_name(index: int) -> str:
     return visible.split(",")[index].strip() if visible else str(index)
 
 
-def reserve(cfg: Config, device: str, learners: list[tuple[str, str]], ranks: int) -> Seats:
-    """Plan and hold. `learners`: node id and name of the GPU of each learner, by rank; [] where none has one. Raises as
-    `seats_of_run`."""
+def reserve(
+    cfg: Config, device: str, learners: list[tuple[str, str]], ranks: int, ranks_on: tuple[str, ...] = ()
+) -> Seats:
+    """Plan and hold. `learners`: node id and name of the GPU of each learner, by rank; [] where none has one.
+    `ranks_on`: node id of each learner process in a cluster that was joined. Raises as `seats_of_run`."""
     places = _places()
     ids = {place: node for node, place in places.items()}
     wanted = Wanted.of(cfg, device, tuple(places[node] for node, _ in learners), ranks)
@@ -116,7 +201,20 @@ def reserve(cfg: Config, device: str, learners: list[tuple[str, str]], ranks: in
             held += [Held(group, i, ids[bundle.node], bundle.node) for i, bundle in enumerate(bundles)]
         if what == "learners":
             held = _in_order(held, of_learners, learners)
-    return Seats(made, tuple(held), wanted.servers_of_rank)
+    on_nodes = _spread(cfg, ranks_on) if device == "cpu" and cfg.resources.ray_address is not None else None
+    return Seats(made, tuple(held), wanted.servers_of_rank, ranks_on, on_nodes)
+
+
+def _spread(cfg: Config, ranks_on: tuple[str, ...]) -> OnNodes:
+    apart = cfg.rollout.placement == "apart"
+    spread, alive = Spread(workers=cfg.rollout.workers, learners=ranks_on, apart=apart), _alive()
+    names, planned = _places(alive), spread.over(_for_workers(alive))
+    if not planned:
+        raise UserError(
+            f"rollout.placement = apart: the cluster has no node but the learners' ({', '.join(names.values())}) that"
+            " gives Ray a CPU; start Ray on another one, or leave the key out"
+        )
+    return OnNodes(spread, names, planned)
 
 
 def _plan(wanted: Wanted, places: dict[str, str]) -> Plan:
@@ -190,14 +288,38 @@ def _options(held: Held, gpus: float) -> dict[str, Any]:
     return {"num_gpus": gpus, "scheduling_strategy": place}
 
 
+def on_node(node: str) -> dict[str, Any]:
+    """Ray's options for whoever must be on the node with that id. What is started on one that Ray has lost is an
+    ActorUnschedulableError to whoever waits for it."""
+    return {"scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False)}
+
+
+def _for_workers(alive: dict[str, Any]) -> list[str]:
+    """Ids of the nodes that rollout workers on CPUs may be on, by address: those that give Ray a CPU (the head of a
+    cluster often gives it none, to have no work), or, where none does, all."""
+    places = _places(alive)
+    nodes = sorted(alive, key=lambda node: places[node])
+    return [node for node in nodes if alive[node]["Resources"].get("CPU")] or nodes
+
+
+def _answers(info: dict[str, Any]) -> bool:
+    """Whether a node's raylet takes a connection. Ray calls a node alive for a minute after its cable was cut."""
+    try:
+        socket.create_connection((info["NodeManagerAddress"], info["NodeManagerPort"]), timeout=ANSWER_S).close()
+    except OSError:
+        return False
+    return True
+
+
 def _alive() -> dict[str, Any]:
     """Node id -> what Ray says of it."""
     return {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
 
 
-def _places() -> dict[str, str]:
-    """Id of each node -> its address, with the id where several have one address."""
-    addresses = {node: info["NodeManagerAddress"] for node, info in _alive().items()}
+def _places(alive: dict[str, Any] | None = None) -> dict[str, str]:
+    """Id of each node, of all or of those -> its address, with the id where several have one address."""
+    alive = _alive() if alive is None else alive
+    addresses = {node: info["NodeManagerAddress"] for node, info in alive.items()}
     alone = len(set(addresses.values())) == len(addresses)
     return {node: address if alone else f"{address} ({node[:8]})" for node, address in addresses.items()}
 

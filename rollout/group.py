@@ -10,6 +10,10 @@
 What waits here waits for a receipt or an acknowledgement, with a deadline of `timeout_s`; a worker that misses it is
 killed, replaced and its chunk dealt out again with attempt + 1. Ray retries nothing by itself: a retried call could run
 twice unseen. A replacement gets the latest weights before its first chunk. `close` kills all workers.
+
+A chunk is finished when its trajectories lie on the driver's node: until then its worker's node may take them with it.
+A worker that no node may have waits for one that joins; if all of them do, for `timeout_s`. One whose node was lost
+moves, between two calls of `generate`, to a node that joined later.
 """
 
 import time
@@ -19,12 +23,17 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import ActorUnschedulableError, GetTimeoutError, ObjectLostError, RayActorError, RayTaskError
 
 from core.faults import Fault, ProcessFault, TransitFault
 from core.trajectory import PromptRequest, Trajectory
 from core.weights import Probe, WeightAck, WeightManifest
 from rollout.worker import RolloutWorker
+
+LOOK_S = 1.0  # between two looks for a node that joined
+LOCAL_S = 10.0  # to map what lies on this node already
+NETWORK = "Look at that node and its network; the same command goes on from the last checkpoint"
+LOST = (RayActorError, ActorUnschedulableError, ObjectLostError, GetTimeoutError)  # a worker, or what it wrote
 
 
 @dataclass(frozen=True)
@@ -50,7 +59,17 @@ class _Slot:
     chunk: list[PromptRequest] = field(default_factory=list)
     number: int = -1  # of that chunk in the call of `generate`
     result: Any = None  # ObjectRef of the trajectories it is writing
+    coming: list[Any] = field(default_factory=list)  # of receipt and result, what is not on this node yet
     deadline: float = 0.0
+    lost: str = ""  # of the worker before this one: which, where, when
+
+    def expect(self, receipt: Any, timeout_s: float, result: Any = None) -> None:
+        self.receipt, self.result, self.deadline = receipt, result, time.monotonic() + timeout_s
+        self.coming = [receipt] if result is None else [receipt, result]
+
+    def vacate(self) -> None:
+        self.actor = self.receipt = self.result = None
+        self.ready, self.chunk, self.coming = False, [], []
 
     @property
     def name(self) -> str:
@@ -63,23 +82,30 @@ class RolloutGroup:
         workers: list[int],
         make_args: Callable[[str], tuple[tuple, dict]],
         *,
-        actor_options: Callable[[int], dict[str, Any]],
+        actor_options: Callable[[int], dict[str, Any] | None],
         timeout_s: float,
         max_losses: int,
         note: Callable[[str], None],
         rest: bool = False,
+        where: Callable[[int], tuple[str, bool]] = lambda number: ("", False),
+        moves: Callable[[int], bool] = lambda number: False,
     ) -> None:
         """
         Args:
             workers: numbers of the workers in the whole job that this group has.
             make_args: name of a worker -> positional and keyword arguments of its `RolloutWorker`.
             actor_options: number of a worker -> Ray's options for it (num_cpus, runtime_env, the seat of its GPU),
-                asked at every start. Raises ProcessFault where it can have no place.
+                asked at every start; None where no node may have it, for now. Raises ProcessFault where it can have
+                no place any more.
             note: told in one line of each worker that is lost.
             rest: tell the workers when all chunks are written, so that they free their devices until the next call.
+            where: number of a worker that was started -> on which node that is, in words, and whether the node is out
+                of reach; asked when the worker is lost.
+            moves: number of a worker that serves -> whether it is to be started anew, on another node.
         """
         self._make_args, self._actor_options = make_args, actor_options
         self._timeout_s, self._max_losses, self._note, self._rest = timeout_s, max_losses, note, rest
+        self._where, self._moves = where, moves
         self._latest: WeightUpdate | None = None
         self._staging: dict[str, Any] = {}  # name -> actor of the workers that get the version on its way early
         self._slots = [_Slot(i) for i in workers]
@@ -87,11 +113,12 @@ class RolloutGroup:
         self.pids: dict[str, int] = {}
         self.counters: Counter[str] = Counter()
         for slot in self._slots:
-            self._spawn(slot)
+            if not self._spawn(slot):
+                slot.lost, slot.deadline = f"worker-{slot.index} has no node", time.monotonic() + timeout_s
 
     def wait_ready(self) -> None:
         """Until every worker has loaded its model. Deadline `timeout_s` per worker."""
-        while starting := [slot for slot in self._slots if not slot.ready]:
+        while starting := [slot for slot in self._slots if not slot.ready and slot.actor is not None]:
             self._await_any(starting)
 
     def generate(
@@ -105,12 +132,20 @@ class RolloutGroup:
 
         `begun`, by sample uid, and `most`: as RolloutWorker.generate has them.
         """
+        for slot in self._slots:
+            if slot.ready and self._moves(slot.index):
+                self._note(f"{slot.name} moves to a node that joined the cluster")
+                self.pids.pop(slot.name, None)
+                ray.kill(slot.actor)
+                slot.vacate()
         todo = deque(enumerate(chunks))
         while todo or any(slot.chunk for slot in self._slots):
+            self._fill()
             for slot in self._slots:
                 if todo and slot.ready and not slot.chunk:
                     self._assign(slot, *todo.popleft(), begun or {}, most)
-            yield from self._await_any([s for s in self._slots if s.receipt is not None], todo)
+            if busy := [slot for slot in self._slots if slot.receipt is not None]:
+                yield from self._await_any(busy, todo)
         if most is None:
             self.let_rest()
 
@@ -120,7 +155,7 @@ class RolloutGroup:
             return
         for slot in self._slots:
             if slot.ready:
-                slot.receipt, slot.deadline = slot.actor.rest.remote(), time.monotonic() + self._timeout_s
+                slot.expect(slot.actor.rest.remote(), self._timeout_s)
         while resting := [slot for slot in self._slots if slot.ready and slot.receipt is not None]:
             self._await_any(resting)
 
@@ -146,7 +181,8 @@ class RolloutGroup:
         `verify`.
         """
         self._latest = update
-        serving, starting = ([slot for slot in self._slots if slot.ready is ready] for ready in (True, False))
+        there = [slot for slot in self._slots if slot.actor is not None]
+        serving, starting = ([slot for slot in there if slot.ready is ready] for ready in (True, False))
         pending = {}
         for slot in serving:
             if self._staging.get(slot.name) is slot.actor:
@@ -161,7 +197,7 @@ class RolloutGroup:
                 try:
                     update.verify(ray.get(pending[slot.index], timeout=max(0.0, deadline - time.monotonic())))
                     verified += 1
-                except (RayActorError, GetTimeoutError) as error:
+                except LOST as error:
                     self._lose(slot, f"while weights of version {update.manifest.version} were sent", error)
                 except RayTaskError as error:
                     if again or not isinstance(error.cause, TransitFault):
@@ -172,7 +208,7 @@ class RolloutGroup:
             pending = {slot.index: self._send(slot) for slot in damaged}
             serving = damaged
         for slot in starting:  # queue this version behind
-            slot.receipt, slot.deadline = self._send(slot), time.monotonic() + self._timeout_s
+            slot.expect(self._send(slot), self._timeout_s)
         return verified
 
     def close(self) -> None:
@@ -182,18 +218,38 @@ class RolloutGroup:
         for slot in self._slots:
             if slot.actor is not None:
                 ray.kill(slot.actor)
-                slot.actor = slot.receipt = None
+                slot.actor = None
 
-    def _spawn(self, slot: _Slot) -> None:
+    def _fill(self) -> None:
+        """Start a worker in each slot that is vacant, where a node may have it now. Raises ProcessFault where all have
+        been vacant until their deadline, or were closed."""
+        if self._closed:
+            raise ProcessFault("the rollout workers were ended while they wrote")
+        for slot in self._slots:
+            if slot.actor is None:
+                self._spawn(slot)
+        if any(slot.actor is not None for slot in self._slots):
+            return
+        last = max(self._slots, key=lambda slot: slot.deadline)
+        if time.monotonic() >= last.deadline:
+            raise ProcessFault(
+                f"{last.lost}; no other node may have it, and none has joined within rollout.timeout_s ="
+                f" {self._timeout_s:g} s. {NETWORK}"
+            )
+        time.sleep(LOOK_S)
+
+    def _spawn(self, slot: _Slot) -> bool:
+        """Start the next worker of a slot; False where no node may have it, for now."""
+        options = self._actor_options(slot.index)
+        if options is None:
+            return False
         slot.incarnation += 1
         args, kwargs = self._make_args(slot.name)
-        options = self._actor_options(slot.index)
         slot.actor = ray.remote(RolloutWorker).options(max_restarts=0, **options).remote(*args, **kwargs)
-        slot.ready, slot.chunk, slot.result = False, [], None
-        slot.receipt = slot.actor.hello.remote()
-        if self._latest is not None:
-            slot.receipt = self._send(slot)
-        slot.deadline = time.monotonic() + self._timeout_s
+        slot.ready, slot.chunk = False, []
+        hello = slot.actor.hello.remote()
+        slot.expect(hello if self._latest is None else self._send(slot), self._timeout_s)
+        return True
 
     def _send(self, slot: _Slot) -> Any:
         """Queue a whole weight update at a worker; the ObjectRef of its acknowledgement."""
@@ -213,22 +269,25 @@ class RolloutGroup:
     ) -> None:
         slot.number, slot.chunk = number, chunk
         starts = [begun.get(request.sample_uid) for request in chunk] if begun else None
-        slot.result, slot.receipt = slot.actor.generate.options(num_returns=2).remote(chunk, starts, most)
-        slot.deadline = time.monotonic() + self._timeout_s
+        result, receipt = slot.actor.generate.options(num_returns=2).remote(chunk, starts, most)
+        slot.expect(receipt, self._timeout_s, result)
 
     def _await_any(self, slots: list[_Slot], todo: deque | None = None) -> list[tuple[int, Any, list[Trajectory]]]:
         """Wait until one of the slots has news or a deadline passes; returns what `generate` yields of chunks that
         are done."""
         timeout = max(0.0, min(slot.deadline for slot in slots) - time.monotonic())
-        done, _ = ray.wait([slot.receipt for slot in slots], num_returns=1, timeout=timeout)
+        done, _ = ray.wait([ref for slot in slots for ref in slot.coming], num_returns=1, timeout=timeout)
         finished = []
         for slot in slots:
+            slot.coming = [ref for ref in slot.coming if ref not in done]
             overdue = time.monotonic() >= slot.deadline
-            if slot.receipt not in done and not overdue:
+            if slot.coming and not overdue:
                 continue
             try:
-                answer = ray.get(slot.receipt, timeout=0)
-            except (RayActorError, GetTimeoutError) as error:
+                # What was written too, though it is for others: if its node took it along, this is where that shows.
+                parts = [slot.receipt] if slot.result is None else [slot.receipt, slot.result]
+                answer = ray.get(parts, timeout=0 if slot.coming else LOCAL_S)[0]
+            except LOST as error:
                 if slot.chunk:
                     retry = [replace(request, attempt=request.attempt + 1) for request in slot.chunk]
                     self.counters["prompts_redispatched"] += len(retry)
@@ -261,17 +320,24 @@ class RolloutGroup:
             raise ProcessFault(f"{slot.name} was ended {when}")
         if getattr(error, "actor_init_failed", False):  # its constructor raised: it would again in any successor
             raise ProcessFault(f"{slot.name} cannot start: {error}")
+        place, out_of_reach = self._where(slot.index)
         reason = "missed its deadline" if isinstance(error, GetTimeoutError) else "died"
+        slot.lost = f"{slot.name}{f' {place},' if place else ''} {reason} {when}"
         self.counters["worker_lost"] += 1
         self.pids.pop(slot.name, None)
         ray.kill(slot.actor)
+        slot.vacate()
         if self.counters["worker_lost"] > self._max_losses:
+            remedy = NETWORK if out_of_reach else "Look at its last words above, often: no memory left"
             raise ProcessFault(
-                f"{slot.name} {reason} {when}, the {self.counters['worker_lost']}th loss of a rollout worker;"
-                f" rollout.max_worker_losses is {self._max_losses}. Look at its last words above, often: no memory left"
+                f"{slot.lost}, loss {self.counters['worker_lost']} of a rollout worker; rollout.max_worker_losses is"
+                f" {self._max_losses}. {remedy}"
             )
-        self._note(f"{slot.name} {reason} {when}; a new one starts and its prompts are dealt out again")
-        self._spawn(slot)
+        if self._spawn(slot):
+            self._note(f"{slot.lost}; a new one starts and its prompts are dealt out again")
+        else:
+            slot.deadline = time.monotonic() + self._timeout_s
+            self._note(f"{slot.lost}; no other node may have it, and it waits for one to join the cluster")
 
     @staticmethod
     def _cause(error: RayTaskError, slot: _Slot) -> Exception:

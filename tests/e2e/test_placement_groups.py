@@ -8,7 +8,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -340,5 +342,58 @@ def test_a_worker_whose_node_is_gone_ends_the_run_by_name(nodes, task):
         with pytest.raises(ProcessFault, match=r"worker-0 has its GPU on node .*lost that node"):
             list(workers._group.generate([prompts.take(2, 1)]))
         assert time.monotonic() - started < cfg.rollout.timeout_s
+    finally:
+        workers.close()
+
+
+def test_workers_on_cpus_leave_with_their_node_wait_for_one_and_move_to_one_that_joins(nodes, task):
+    """Apart from the learner, on two nodes. The test before this one took the second node away; this makes its own."""
+    for node in list(nodes.cluster.worker_nodes):
+        nodes.cluster.remove_node(node)
+    memory = {"object_store_memory": 100 * 2**20, "num_cpus": 2}
+    others = {node.node_id: node for node in (nodes.cluster.add_node(**memory) for _ in range(2))}
+    options = {"rollout__placement": "apart", "resources__device": "cpu", "resources__ray_address": nodes.address}
+    cfg = configured(task, rollout__workers=2, **options)
+    seats = reserve(cfg, "cpu", [], 1, (nodes.a,))
+    tokenizer, notes = build.load_tokenizer(cfg.model.path), []
+    prompts, _ = build.prompt_streams(cfg, tokenizer)
+    workers = build.rollouts(cfg, tokenizer, "cpu", notes.append, seats=seats)
+    group = workers._group
+    large = {"blob": "x" * 300_000}  # so that what is written stays in the store of the worker's node
+    chunks = [[replace(r, columns=r.columns | large) for r in prompts.take(2, 1)] for _ in range(4)]
+
+    def all_written() -> None:
+        done = []
+        for number, written, _ in group.generate(chunks):
+            assert ray.wait([written], timeout=0)[0], "it is not here yet, and its node may be lost"
+            done.append(number)
+        assert sorted(done) == [0, 1, 2, 3]
+
+    try:
+        workers.wait_ready()
+        first, second = (where(slot.actor)[0] for slot in group._slots)
+        assert {first, second} == set(others)
+        nodes.cluster.remove_node(others[second])
+        all_written()
+        workers.wait_ready()
+        assert [where(slot.actor)[0] for slot in group._slots] == [first, first] and group.counters["worker_lost"] == 1
+        third = nodes.cluster.add_node(**memory)
+        all_written()
+        workers.wait_ready()
+        assert [where(slot.actor)[0] for slot in group._slots] == [first, third.node_id], notes
+        assert group.counters["worker_lost"] == 1 and "worker-1.1 moves" in "\n".join(notes)
+        nodes.cluster.remove_node(others[first])
+        nodes.cluster.remove_node(third)
+        with ThreadPoolExecutor() as threads:
+            writing = threads.submit(all_written)
+            wait_for(lambda: "\n".join(notes).count("waits for one to join") == 2)
+            fourth = nodes.cluster.add_node(**memory)
+            writing.result(120)
+        workers.wait_ready()
+        assert {where(slot.actor)[0] for slot in group._slots} == {fourth.node_id}
+        nodes.cluster.remove_node(fourth)
+        group._timeout_s = 2.0
+        with pytest.raises(ProcessFault, match=r"on node .*, which .*; no other node may have it, and none has joined"):
+            list(group.generate(chunks))
     finally:
         workers.close()
