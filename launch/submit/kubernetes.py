@@ -9,6 +9,7 @@ configuration itself goes along. Runs are on a volume that is there already; sec
 """
 
 import hashlib
+import os
 import re
 import subprocess
 from dataclasses import dataclass, replace
@@ -159,11 +160,14 @@ def bytes_of(quantity: str) -> int:
 
 def _inside(path: Path) -> Path:
     """Where a file of the current folder is in the image."""
+    path = Path(os.path.normpath(path))
     if not path.is_relative_to(Path.cwd()):
         raise UserError(
             f"{path}: is not in the current folder, which stands for {WORKDIR} in the image; go to the folder that the"
             " image was made from"
         )
+    if ":" in str(path):
+        raise UserError(f"{path}: Kubernetes mounts nothing at a path with a colon; give it another name")
     return WORKDIR / path.relative_to(Path.cwd())
 
 
