@@ -1,8 +1,8 @@
 """What a manifest of ours must keep to, checked on its text: a host without a cluster can refuse a bad one.
 
-Job, ConfigMap, NetworkPolicy and the pods in a RayJob are held against Kubernetes' own schemas (k8s_schemas/trim.py says
-from where). The RayJob itself is held against RAY_JOB: the fields that we write, with types and requirements as in
-KubeRay's API reference (ray.io/v1, 1.5.1 and later). Then come the rules of the API server that no schema has, and ours.
+Job, ConfigMap, NetworkPolicy and the pods in a RayJob are held against Kubernetes' own schemas (k8s_schemas/trim.py
+says from where). The RayJob itself is held against RAY_JOB: the fields that we write, with types and requirements as in
+KubeRay's API reference (ray.io/v1, 1.5.1 and later). Then come rules of the API server that no schema has, and ours.
 """
 
 import json

@@ -1,6 +1,6 @@
-"""`tokenppo submit k8s`: the manifests keep to their schemas and to our rules, and whatever a value holds, it stays one.
+"""`tokenppo submit k8s`: manifests keep to their schemas and to our rules, and whatever a value holds, it stays one.
 
-    tests/rendered/k8s_two_nodes.yaml is made anew, to be read through, by: python tests/test_submit_k8s.py
+tests/rendered/k8s_two_nodes.yaml is made anew, to be read through, by: python tests/test_submit_k8s.py
 """
 
 import contextlib
@@ -21,6 +21,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import documented
 from core.faults import Fault, ProcessFault, UserError
 from launch import arguments, cli, run_folder
 from launch.submit import kubernetes, pause, render
@@ -34,8 +35,33 @@ IMAGE = "registry.example/tokenppo:cuda"
 TWO_NODES = f"submit k8s --config configs/cards.yaml --nodes 2 --gpus-per-node 8 --image {IMAGE} --namespace research"
 TWO_NODES += " --secret tokenppo-keys --rollout.placement apart --rollout.workers 8 --run.name first --dry-run"
 EVIL = [
-    *("$(HOSTNAME)", "$$(HOSTNAME)", "$HOME", "`id`", "a'b\"c", "two\nlines", "{{ job }}", "{% raw %}", "#no", "- x: y"),
-    *("é \N{PILE OF POO}", "\u2028 \x85", "\x01\x7f\ufeff", "", " ", "\\n", "$", "a$", "$$", "%{x}", "&a *b !c", "null", "1"),
+    *(
+        "$(HOSTNAME)",
+        "$$(HOSTNAME)",
+        "$HOME",
+        "`id`",
+        "a'b\"c",
+        "two\nlines",
+        "{{ job }}",
+        "{% raw %}",
+        "#no",
+        "- x: y",
+    ),
+    *(
+        "é \N{PILE OF POO}",
+        "\u2028 \x85",
+        "\x01\x7f\ufeff",
+        "",
+        " ",
+        "\\n",
+        "$",
+        "a$",
+        "$$",
+        "%{x}",
+        "&a *b !c",
+        "null",
+        "1",
+    ),
 ]
 VALUES = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=40) | st.sampled_from(EVIL)
 
@@ -95,6 +121,15 @@ def test_every_manifest_keeps_to_schemas_and_rules(nodes, given):
     assert found["ConfigMap"]["data"]["config.yaml"] == (ROOT / "configs" / "cards.yaml").read_text()
 
 
+@pytest.mark.parametrize(
+    "command", [c.text for c in documented.commands() if c.text.startswith("tokenppo submit k8s ")]
+)
+def test_a_documented_manifest_keeps_to_every_rule(command, capsys):
+    line = command.removeprefix("tokenppo ").removesuffix(" --dry-run")
+    code, out, err = said(f"{line} --dry-run", capsys)
+    assert (code, err) == (0, "") and problems(out) == []
+
+
 ONE, TWO = ("Job", 1), ("RayJob", 2)
 
 
@@ -151,7 +186,7 @@ def test_a_wrong_manifest_is_refused(kind, old, new, word):
     assert any(word in problem for problem in found), found
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=25)
 @given(words=st.lists(VALUES, max_size=5))
 def test_words_reach_the_program_as_they_were_written(words):
     one = job()
@@ -175,18 +210,15 @@ def test_a_shell_reads_the_entrypoint_as_it_was_written():
 @settings(deadline=None)
 @given(text=VALUES | st.text(st.sampled_from("a \n\t#:-|>'\"\x85\u2028é\N{PILE OF POO}$"), max_size=30))
 def test_a_text_is_the_same_in_every_style_of_yaml(text):
-    assert yaml.safe_load(render._scalar(text)) == text
-    block = render.template  # the filters are those of a template
-    assert block is render.template
-    source = {"a": {"config.yaml": text, "b": 1}}
-    written = text.rstrip() + "\n"
-    style = "|" if written.strip() and not render.ODD_BREAKS & set(written) else '"'
-    inside = render._within(render._scalar(written, style), 2, first=False)
-    read = yaml.safe_load(f"a:\n  config.yaml: {inside}\n  b: 1\n")
-    assert read == {"a": source["a"] | {"config.yaml": written}}
+    assert yaml.safe_load(render.scalar(text)) == text
+    written = text.rstrip() + "\n"  # as the text of a configuration is
+    inside = render.within(render.block(written), 2, first=False)
+    assert yaml.safe_load(f"a:\n  config.yaml: {inside}\n  b: 1\n") == {"a": {"config.yaml": written, "b": 1}}
 
 
-@pytest.mark.parametrize("name", ["a b", "$(HOME) `id`", "qu'o\"te", "line\nbreak", "{{ x }}", "é \N{PILE OF POO}", "\u2028"])
+@pytest.mark.parametrize(
+    "name", ["a b", "$(HOME) `id`", "qu'o\"te", "line\nbreak", "{{ x }}", "é \N{PILE OF POO}", "\u2028"]
+)
 @pytest.mark.parametrize("nodes", [1, 2])
 def test_names_of_files_and_folders_stay_names(name, nodes, tmp_path, monkeypatch):
     (tmp_path / name).mkdir()
@@ -210,7 +242,8 @@ def test_names_of_files_and_folders_stay_names(name, nodes, tmp_path, monkeypatc
         probe = [*map(expanded, pod["livenessProbe"]["exec"]["command"])]
         assert probe == ["tokenppo", "health", f"/{name}/run", "--stale-s", "3600"]
     else:
-        assert shlex.split(documents(text)["RayJob"]["spec"]["entrypoint"])[3 : 5 + len(words)] == ["tokenppo", "train", *words][:0] + ["tokenppo", "train", *words]
+        entrypoint = shlex.split(documents(text)["RayJob"]["spec"]["entrypoint"])
+        assert entrypoint[3 : 5 + len(words)] == ["tokenppo", "train", *words]
     comments = [line for line in text.splitlines() if line.startswith("# in the image: ")]
     assert [yaml.safe_load(line.removeprefix("# in the image: ")) for line in comments] == [
         f"/app/{name}/p.jsonl",
@@ -378,7 +411,13 @@ def test_the_skypilot_file_starts_a_node_of_the_job_on_each_machine(tmp_path):
     environment |= {"SKYPILOT_NODE_RANK": "1", "SKYPILOT_NUM_NODES": "2", "SKYPILOT_NUM_GPUS_PER_NODE": "8"}
     environment |= {"SKYPILOT_TASK_ID": "sky-1", "PATH": "/usr/bin:/bin"}
     done = subprocess.run(
-        ["bash", "-c", task["run"]], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=30, check=True
+        ["bash", "-c", task["run"]],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=True,
     )
     words = done.stdout.split("\0")[:-1]
     assert words[:5] == ["-P", "-m", "launch.submit.node", "--meet", "/runs/.meet/sky-a b $(id)-sky-1"]
@@ -386,7 +425,7 @@ def test_the_skypilot_file_starts_a_node_of_the_job_on_each_machine(tmp_path):
     assert words[5:cut] == shlex.split(
         "--node 1 --nodes 2 --learner-nodes 2 --ranks-per-node 8 --gpus 8 --accelerate ddp"
     )
-    arguments.accelerate_file("ddp")
+    arguments.accelerate_file(task["envs"]["ACCELERATE"])
     train = arguments.parse(words[cut + 1 :])
     assert train.overrides == {"run.name": "a b $(id)", "run.dir": "/runs"}
     assert train.config == Path("configs/cards.yaml") and train.config.is_file()

@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--save-before",
         type=int,
         metavar="S",
-        help="seconds before the limit, default 300: more than a step takes; of k8s: before a pod that must go is killed",
+        help="seconds before the limit (k8s: before a pod that must go is killed), default 300: more than a step takes",
     )
     slurm.add_argument("--sbatch", action="append", metavar="K=V", help="more for sbatch: partition=gpu; repeatable")
     slurm.add_argument(

@@ -1,11 +1,11 @@
-"""A job of Kubernetes: one YAML of several documents, rendered from launch/templates/k8s_*.yaml.j2, and `kubectl apply`.
+"""A job of Kubernetes: a YAML of several documents, rendered from launch/templates/k8s_*.yaml.j2, and `kubectl apply`.
 
     1 node      ConfigMap, NetworkPolicy, Job       `tokenppo train` with a Ray of its own
-    N nodes     ConfigMap, NetworkPolicy, RayJob    KubeRay (1.5.1 or newer) starts Ray with a token of its own; its head
-                                                    pod has the learner processes, N-1 worker pods the rest
+    N nodes     ConfigMap, NetworkPolicy, RayJob    KubeRay (1.5.1 or newer) starts Ray with a token of its own; its
+                                                    head pod has the learner processes, N-1 worker pods the rest
 
-The current folder stands for WORKDIR of the image: what the configuration names must lie in it, and be in the image. The
-configuration itself goes along. Runs are on a volume that is there already; secrets are named, never written.
+The current folder stands for WORKDIR of the image: what the configuration names must lie in it, and be in the image.
+The configuration itself goes along. Runs are on a volume that is there already; secrets are named, never written.
 """
 
 import hashlib
@@ -52,8 +52,8 @@ def manifest(job: Job, given: Kubernetes) -> str:
     named = in_image(job, runs)
     if job.nodes > 1 and job.gpus and job.cfg.rollout.placement != "apart":
         raise UserError(
-            f"--nodes {job.nodes}: learners sit on the first node, and with rollout.placement = colocated the workers do"
-            " too; give --rollout.placement apart, or --nodes 1"
+            f"--nodes {job.nodes}: learners sit on the first node, and with rollout.placement = colocated so do the"
+            " workers; give --rollout.placement apart, or --nodes 1"
         )
     shm = -(-job.cfg.resources.object_store_mb * 3 // 2)
     if shm * MIB >= bytes_of(given.memory):
@@ -141,8 +141,8 @@ def in_image(job: Job, runs: Path) -> list[Path]:
             continue
         if not path.is_relative_to(Path.cwd()):
             raise UserError(
-                f"{key} = {text}: the pods have what is in the current folder ({WORKDIR} in the image) and under run.dir"
-                f" ({runs}, on the volume); put it there"
+                f"{key} = {text}: the pods have what is in the current folder ({WORKDIR} in the image) and under"
+                f" run.dir ({runs}, on the volume); put it there"
             )
         if text in written and key != "--accelerate" and Path.cwd() != WORKDIR:
             raise UserError(f"{key} = {text}: is {_inside(path)} in the image; write it relative to the current folder")

@@ -2,8 +2,8 @@
 
     python -P -m launch.submit.pause RUN --wait-s 300
 
-Kubernetes calls this (preStop) and sends the signals that end the pod once it returns. The run is asked by a file `pause`
-in its folder; it ends with exit code 8 after the step that it is in.
+Kubernetes calls this (preStop) and sends the signals that end the pod once it returns. The run is asked by a file
+`pause` in its folder; it ends with exit code 8 after the step that it is in.
 """
 
 import argparse

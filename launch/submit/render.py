@@ -10,8 +10,8 @@ ODD_BREAKS = set("\x85\u2028\u2029")  # ends of lines to some readers of YAML
 
 def template(name: str, **values: Any) -> str:
     """The text of a template. In it every value passes through a filter: `sh` makes a word of bash, `yaml` a scalar of
-    YAML, `yaml_block` one that stays readable, `k8s` one in which Kubernetes expands nothing, `comment` the end of a line
-    that is one; `within` indents what a macro gave."""
+    YAML, `yaml_block` one that stays readable, `k8s` one in which Kubernetes expands nothing, `comment` the end of a
+    line that is one; `within` indents what a macro gave."""
     import jinja2
 
     made = jinja2.Environment(
@@ -24,16 +24,16 @@ def template(name: str, **values: Any) -> str:
     )
     made.filters |= {
         "sh": shlex.quote,
-        "yaml": _scalar,
-        "yaml_block": lambda text: _scalar(text, "|" if text.strip() and not ODD_BREAKS & set(text) else '"'),
-        "k8s": lambda text: _scalar(text.replace("$", "$$")),
+        "yaml": scalar,
+        "yaml_block": block,
+        "k8s": lambda text: scalar(text.replace("$", "$$")),
         "comment": lambda line: " ".join(line.split()),
-        "within": _within,
+        "within": within,
     }
     return made.get_template(name).render(**values)
 
 
-def _scalar(text: str, style: str = '"') -> str:
+def scalar(text: str, style: str = '"') -> str:
     """`text` in one of YAML's styles. Not by json: YAML reads the two halves of a surrogate pair as two characters."""
     import yaml
 
@@ -45,7 +45,12 @@ def _scalar(text: str, style: str = '"') -> str:
     return yaml.dump(text, Dumper=Dumper, allow_unicode=True, width=2**31).removesuffix("\n")
 
 
-def _within(text: str, columns: int, first: bool = True) -> str:
+def block(text: str) -> str:
+    """`text` as a block of lines, where it can be one; else in quotes."""
+    return scalar(text, "|" if text.strip() and not ODD_BREAKS & set(text) else '"')
+
+
+def within(text: str, columns: int, first: bool = True) -> str:
     """Indent the lines, but for the `first`. Only at \\n: what else Python takes for the end of a line is in values."""
     lines = text.rstrip("\n").split("\n")
     padded = [" " * columns + line if line else line for line in lines]

@@ -2,8 +2,8 @@
 
     pip download --no-deps kubernetes-validate && python tests/k8s_schemas/trim.py kubernetes_validate-*.whl
 
-They are Kubernetes' own OpenAPI definitions (Apache License 2.0). Kept are the kinds that `tokenppo submit k8s` writes and
-what they refer to, without descriptions. Objects have no other fields than these, and null is no value.
+They are Kubernetes' own OpenAPI definitions (Apache License 2.0). Kept are the kinds that `tokenppo submit k8s` writes
+and what they refer to, without descriptions. Objects have no other fields than these, and null is no value.
 """
 
 import json
