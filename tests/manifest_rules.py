@@ -220,7 +220,7 @@ def _pod(template: dict, documents: list[dict]) -> Iterator[str]:
         if SECRET.search(variable["name"]) and "value" in variable:
             yield f"env: {variable['name']} is a secret, which is named and not written"
     hook = container.get("lifecycle", {}).get("preStop", {}).get("exec", {}).get("command")
-    if container["name"] != "ray-worker" and hook is None:
-        yield "preStop: the run would not save"
+    if hook is None or ("--ask-nothing" in hook) != (container["name"] == "ray-worker"):
+        yield "preStop: the run would not save, or would pause for a worker"
     if hook and spec.get("terminationGracePeriodSeconds", 30) <= int(hook[hook.index("--wait-s") + 1]):
         yield "terminationGracePeriodSeconds: less than the hook waits"

@@ -176,6 +176,7 @@ ONE, TWO = ("Job", 1), ("RayJob", 2)
         (TWO, "submissionMode: HTTPMode", "submissionMode: K8sJobMode", "shell"),
         (TWO, "submissionMode: HTTPMode", "submissionMode: HttpMode", "HttpMode"),
         (TWO, "shutdownAfterJobFinishes: true", "shutdownAfterJobFinishes: false", "shutdown"),
+        (TWO, '                      - "--ask-nothing"\n', "", "preStop"),
         (TWO, "readinessProbe:", "startup:", "startup"),
     ],
 )
@@ -376,8 +377,11 @@ def test_a_pause_waits_until_the_run_lets_go_of_its_folder(run, monkeypatch):
         while not (run / run_folder.PAUSE).exists():
             assert time.monotonic() < deadline
             time.sleep(0.01)
-        assert codes == []
+        assert pause.main([str(run), "--wait-s", "0", "--ask-nothing"]) == ProcessFault.exit_code
+        assert codes == [] and (run / run_folder.PAUSE).exists()
         (run / run_folder.PAUSE).unlink()  # as the run does once it has saved
+        assert pause.main([str(run), "--wait-s", "0", "--ask-nothing"]) == ProcessFault.exit_code
+        assert not (run / run_folder.PAUSE).exists()
     thread.join(30)
     assert codes == [0]
 
