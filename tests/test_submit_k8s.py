@@ -176,7 +176,7 @@ ONE, TWO = ("Job", 1), ("RayJob", 2)
         (TWO, "submissionMode: HTTPMode", "submissionMode: K8sJobMode", "shell"),
         (TWO, "submissionMode: HTTPMode", "submissionMode: HttpMode", "HttpMode"),
         (TWO, "shutdownAfterJobFinishes: true", "shutdownAfterJobFinishes: false", "shutdown"),
-        (TWO, '                      - "--ask-nothing"\n', "", "preStop"),
+        (TWO, '- "--ask-nothing"', '- "--ask"', "preStop"),
         (TWO, "readinessProbe:", "startup:", "startup"),
     ],
 )
