@@ -41,16 +41,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--accelerate", metavar="F", help="as for train; default: ddp where there is more than one learner process"
     )
+    parser.add_argument(
+        "--save-before",
+        type=int,
+        metavar="S",
+        help="slurm, k8s: seconds for a save before the limit or the end of a pod, default 300: more than a step",
+    )
     parser.add_argument("--dry-run", action="store_true", help="print what would be sent, and nothing else")
     slurm = parser.add_argument_group("of slurm")
     slurm.add_argument("--learner-nodes", type=int, metavar="N", help="nodes with learners; default: as the plan needs")
     slurm.add_argument("--time", metavar="T", help="time limit, default 24:00:00; the run saves and queues again")
-    slurm.add_argument(
-        "--save-before",
-        type=int,
-        metavar="S",
-        help="seconds before the limit (k8s: before a pod that must go is killed), default 300: more than a step takes",
-    )
     slurm.add_argument("--sbatch", action="append", metavar="K=V", help="more for sbatch: partition=gpu; repeatable")
     slurm.add_argument(
         "--rollout-nodes", type=int, metavar="N", help="so many of the nodes as a component of their own"

@@ -66,10 +66,9 @@ def manifest(job: Job, given: Kubernetes) -> str:
         job,
         cfg=job.cfg.model_copy(update={"run": job.cfg.run.model_copy(update={"dir": str(runs)})}),
         config=_inside(job.config) if job.config else None,
-        words=(*job.words, "--run.dir", str(runs)),
         accelerate=str(_inside(Path(job.accelerate))) if Path(job.accelerate).is_absolute() else job.accelerate,
     )
-    for word in (*inside.words, str(runs), *map(str, named), str(inside.config or "")):
+    for word in (*job.words, str(runs), *map(str, named), str(inside.config or "")):
         _refuse_unwritable(word)
     name = resource_name(job.name)
     return render.template(
@@ -99,7 +98,7 @@ def manifest(job: Job, given: Kubernetes) -> str:
 def train_words(job: Job) -> list[str]:
     """The words of the container of a Job, as its process shall have them."""
     ranks = ["--accelerate", job.accelerate, "--num-processes", str(job.ranks)] if job.ranks > 1 else []
-    return ["tokenppo", "train", *job.train(job.config), *ranks]
+    return ["tokenppo", "train", *job.train(job.config), "--run.dir", job.cfg.run.dir, *ranks]
 
 
 def resource_name(run: str) -> str:
