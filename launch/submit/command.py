@@ -12,7 +12,7 @@ LAUNCHERS = ("slurm", "ray", "k8s")
 # Option -> the launchers that it is for.
 ONLY = {
     "time": ("slurm",),
-    "save_before": ("slurm",),
+    "save_before": ("slurm", "k8s"),
     "sbatch": ("slurm",),
     "rollout_nodes": ("slurm",),
     "rollout_sbatch": ("slurm",),
@@ -41,13 +41,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--accelerate", metavar="F", help="as for train; default: ddp where there is more than one learner process"
     )
+    parser.add_argument(
+        "--save-before",
+        type=int,
+        metavar="S",
+        help="slurm, k8s: seconds for a save before the limit or the end of a pod, default 300: more than a step",
+    )
     parser.add_argument("--dry-run", action="store_true", help="print what would be sent, and nothing else")
     slurm = parser.add_argument_group("of slurm")
     slurm.add_argument("--learner-nodes", type=int, metavar="N", help="nodes with learners; default: as the plan needs")
     slurm.add_argument("--time", metavar="T", help="time limit, default 24:00:00; the run saves and queues again")
-    slurm.add_argument(
-        "--save-before", type=int, metavar="S", help="seconds before the limit, default 300: more than a step takes"
-    )
     slurm.add_argument("--sbatch", action="append", metavar="K=V", help="more for sbatch: partition=gpu; repeatable")
     slurm.add_argument(
         "--rollout-nodes", type=int, metavar="N", help="so many of the nodes as a component of their own"
@@ -83,7 +86,9 @@ def main(args: argparse.Namespace) -> int:
         nodes=args.nodes,
         gpus=args.gpus_per_node,
         cpus=args.cpus_per_node,
-        learner_nodes=args.learner_nodes
+        learner_nodes=1  # the driver of a Ray job starts them beside it
+        if args.launcher != "slurm"
+        else args.learner_nodes
         if args.learner_nodes or not args.rollout_nodes
         else args.nodes - args.rollout_nodes,
         accelerate=args.accelerate,
@@ -129,7 +134,19 @@ def _ray(args: argparse.Namespace, job: Job) -> int:
 
 
 def _k8s(args: argparse.Namespace, job: Job) -> int:
-    raise UserError("k8s: not there")
+    from launch.submit import kubernetes
+
+    if args.image is None:
+        raise UserError("--image: wants the image that the pods run, e.g. --image registry.example/tokenppo:cuda")
+    given = {name: getattr(args, name) for name in ("namespace", "volume_claim", "secret", "memory", "save_before")}
+    given = {name: value for name, value in given.items() if value is not None}
+    text = kubernetes.manifest(job, kubernetes.Kubernetes(image=args.image, **given))
+    if args.dry_run:
+        print(text, end="")
+        return 0
+    _say(job)
+    print(kubernetes.submit(text))
+    return 0
 
 
 def _say(job: Job) -> None:

@@ -45,6 +45,7 @@ ELSEWHERE = {
     r"tokenppo serve-reward .*": f"{HTTP}::test_cards_are_rewarded_and_trained_over_http_as_in_process",
     r"tokenppo submit ray .*": RAY_JOB,
     r"tokenppo train .* --resources\.ray_address auto": RAY_JOB,
+    r"tokenppo submit k8s .*": "tests/test_submit_k8s.py::test_a_documented_manifest_keeps_to_every_rule",
 }
 # Pattern -> what is run instead; groups as in re.sub. The first that matches the whole command counts.
 RUN: dict[str, str | Callable[[str], str]] = {
