@@ -58,9 +58,19 @@ def make(target: str, app: Path, home: Path, path: str) -> dict[str, str]:
             subprocess.run(["sh", "-c", instruction.body], cwd=app, env=environ, check=True, timeout=900)
     (final,) = (stage for stage in stages if stage.name == target)
     for instruction in final.instructions:
-        if instruction.word == "COPY" and "from" not in instruction.flags:
+        if instruction.word == "COPY" and "from" in instruction.flags:
+            assert (instruction.flags["from"], instruction.body) == (builder.name, "/app/.venv .venv")
+            keep_only(app / ".venv")
+        elif instruction.word == "COPY":
             copy(instruction, app)
     return environment(stages, target, app, home, path)
+
+
+def keep_only(kept: Path) -> None:
+    """What else the builder left beside `kept` is not in the image."""
+    for path in kept.parent.iterdir():
+        if path != kept:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def command(target: str, word: str) -> list[str]:
