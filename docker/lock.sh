@@ -7,15 +7,16 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 torch=2.13.0  # the release that all tests ran with
-lock() {  # lock NAME PYTHON TORCH INPUT ...
-    local name=$1 python=$2 build=$3
+lock() {  # lock NAME PYTHON CONSTRAINTS INPUT ...
+    local name=$1 python=$2 constraints=$3
     shift 3
     "${UV:-uv}" pip compile --quiet --no-header --no-annotate --generate-hashes --no-emit-index-url --no-emit-find-links \
-        --python-platform x86_64-unknown-linux-gnu --python-version "$python" --constraint <(echo "torch==$build") \
+        --python-platform x86_64-unknown-linux-gnu --python-version "$python" --constraint <(echo "$constraints") \
         --output-file "docker/$name.lock" "$@"
 }
-lock cpu 3.11 "$torch+cpu" pyproject.toml docker/build.in --extra lora --extra server "$@"
-lock cuda 3.12 "$torch" pyproject.toml docker/build.in --extra lora --extra server "$@"
-# The same releases on both sides of the wire.
-lock reward-server 3.11 "$torch+cpu" docker/reward-server.in docker/build.in --constraint docker/cpu.lock "$@"
-lock build 3.11 "$torch+cpu" docker/build.in --constraint docker/cpu.lock "$@"
+lock cpu 3.11 "torch==$torch+cpu" pyproject.toml docker/build.in --extra lora --extra server "$@"
+# All others have the same releases: those that were tested, and the same on both sides of the wire.
+same=$(sed -n 's/^\([a-z0-9-]*==[^ ]*\).*/\1/p' docker/cpu.lock)
+lock cuda 3.12 "${same/torch==$torch+cpu/torch==$torch}" pyproject.toml docker/build.in --extra lora --extra server "$@"
+lock reward-server 3.11 "$same" docker/reward-server.in docker/build.in "$@"
+lock build 3.11 "$same" docker/build.in "$@"

@@ -47,9 +47,7 @@ def _sources(service: dict[str, Any], kind: str) -> list[str]:
     return [entry.split(":")[0] if kind == "volumes" else entry for entry in service.get(kind, [])]
 
 
-def _of_service(
-    service: dict[str, Any], compose: dict[str, Any], stages: list[Stage]
-) -> Iterator[tuple[str, str]]:
+def _of_service(service: dict[str, Any], compose: dict[str, Any], stages: list[Stage]) -> Iterator[tuple[str, str]]:
     for kind in ("secrets", "volumes", "networks"):
         for source in _sources(service, kind):
             if source not in compose.get(kind, {}):

@@ -172,7 +172,9 @@ def _of_labels(target: str, made_by: list[Instruction]) -> Iterator[str]:
 def _of_size(target: str, made_by: list[Instruction]) -> Iterator[str]:
     """What only builds stays in the stage that builds."""
     for instruction in made_by:
-        if instruction.word == "RUN" and re.search(r"\bpip3?\b.*\binstall\b|docker/venv\.sh|launch/install\.sh", instruction.body):
+        if instruction.word == "RUN" and re.search(
+            r"\bpip3?\b.*\binstall\b|docker/venv\.sh|launch/install\.sh", instruction.body
+        ):
             yield f"layers: line {instruction.line}: {target} installs by pip; copy .venv from a stage that did"
 
 

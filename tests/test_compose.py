@@ -36,7 +36,11 @@ def test_the_compose_file_keeps_to_every_rule():
         ("ports", "pids_limit: 256", 'ports: ["8080:8080"]'),
         ("secret", "pids_limit: 256", "environment: {TOKENPPO_REWARD_TOKEN: hunter2}"),
         ("secret", "pids_limit: 256", 'environment: ["HF_TOKEN=hunter2"]'),
-        ("secret", "coverage.options.token_file=/run/secrets/reward_token", "coverage.options.token_file=/run/secrets/x"),
+        (
+            "secret",
+            "coverage.options.token_file=/run/secrets/reward_token",
+            "coverage.options.token_file=/run/secrets/x",
+        ),
         ("secret", "file: ${REWARD_TOKEN_FILE:-./reward_token}", "environment: REWARD_TOKEN"),
         ("undefined", "secrets:\n  reward_token:", "secrets:\n  another:"),
         ("undefined", '["runs:/app/runs"]', '["results:/app/runs"]'),

@@ -12,7 +12,9 @@ from launch import verbs
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "docker" / "Dockerfile").read_text()
 PATTERNS = patterns_of(ROOT / ".dockerignore")
-LABELS = "LABEL " + " ".join(f'org.opencontainers.image.{n}="x"' for n in ("title", "description", "licenses", "version"))
+LABELS = "LABEL " + " ".join(
+    f'org.opencontainers.image.{n}="x"' for n in ("title", "description", "licenses", "version")
+)
 TAIL = f"""VOLUME /runs
 USER 10001
 HEALTHCHECK CMD ["true"]
