@@ -101,7 +101,7 @@ def test_a_run_imports_no_extra():
 def test_a_verb_that_wants_an_extra_names_it():
     """`serve-reward` in a plain installation, which is the one that has its client's extra to name."""
     done = without_extras(
-        "import launch.cli; sys.exit(launch.cli.main(['serve-reward', '--config', 'configs/cards.yaml', '--port', '0']))"
+        "import launch.cli as c; sys.exit(c.main(['serve-reward', '--config', 'configs/cards.yaml', '--port', '0']))"
     )
     assert done.returncode == 2 and "pip install 'tokenppo[server]'" in done.stderr, done.stderr
     assert "Traceback" not in done.stderr

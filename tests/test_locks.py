@@ -122,3 +122,17 @@ def test_a_lock_that_is_behind_pyproject_is_found_out():
     assert unmet({k: v for k, v in lock.items() if k != "xxhash"}, wanted(), "3.11") == [
         "xxhash>=3.5: the lock has None"
     ]
+
+
+def test_the_lowest_releases_are_bounds_of_pyproject():
+    """launch/lowest.sh takes the lowest that is allowed: what has no lower bound would be a release from long ago."""
+    unbounded = [
+        str(requirement)
+        for requirement in wanted("lora", "server", "tune", "workspaces")
+        if not any(specifier.operator == ">=" for specifier in requirement.specifier)
+    ]
+    assert unbounded == []
+    script = (ROOT / "launch" / "lowest.sh").read_text()
+    assert all(f"--extra {extra}" in script for extra in ("lora", "server", "tune", "workspaces"))
+    named = re.findall(r"[a-z_]+", re.search(r"for name in (.*?); do", script, re.S)[1].replace("\\", " "))
+    assert len(named) > 15 and all((ROOT / "tests" / f"test_{name}.py").exists() for name in named)

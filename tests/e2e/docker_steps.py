@@ -73,6 +73,27 @@ def keep_only(kept: Path) -> None:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
+# What docker/compose.yaml asks an engine for, but for the user: a root that nothing can write to, a /tmp and a home in
+# memory, of which only the latter may hold programs, a volume, no capability and no way to gain one.
+CONTAINED = """
+scratch=$1; shift
+mount -t tmpfs -o noexec,nosuid,nodev tmpfs "$scratch/tmp"
+mount -t tmpfs -o nosuid,nodev,mode=0700 tmpfs "$scratch/home"
+mount --bind "$scratch/runs" "$scratch/runs"
+mount -o remount,ro,bind /
+exec setpriv --no-new-privs --bounding-set -all --inh-caps -all "$@"
+"""
+
+
+def contained(words: list[str], scratch: Path, environ: dict[str, str]) -> tuple[list[str], dict[str, str]]:
+    """(command, environment) of a process of an image as CONTAINED has it; root alone can start it, on Linux."""
+    for name in ("tmp", "home", "runs"):
+        (scratch / name).mkdir(parents=True)
+    inside = environ | {"HOME": str(scratch / "home"), "TMPDIR": str(scratch / "tmp")}
+    unshare = ["unshare", "--mount", "--propagation", "private", "sh", "-ec", CONTAINED, "sh", str(scratch)]
+    return [*unshare, *words], inside
+
+
 def command(target: str, word: str) -> list[str]:
     """The words of CMD or HEALTHCHECK of a target."""
     (found,) = (i for i in lineage(parse(DOCKERFILE.read_text()), target) if i.word == word)
