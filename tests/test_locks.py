@@ -98,6 +98,8 @@ def test_the_images_use_their_locks():
             assert any(f"LOCK=docker/{target}.lock" in i.body for i in stages[stage].instructions if i.word == "ENV")
         version = re.search(r"python:(3\.\d+)", stages["slim-system"].base)
         assert version and version[1] == PYTHON["cpu"]
+    installs = re.findall(r"^pip=\((.*)\)$", (ROOT / "docker" / "venv.sh").read_text(), re.M)
+    assert installs and all("--require-hashes" in words for words in installs)
 
 
 @pytest.mark.parametrize(
