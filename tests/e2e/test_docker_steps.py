@@ -9,6 +9,7 @@ import re
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -162,31 +163,36 @@ def test_the_reward_server_image_is_small_and_says_what_it_lacks(rewards, tmp_pa
     assert size < 400e6, f"{size / 1e6:.0f} MB: what came into it?"
 
 
+@pytest.fixture
+def scratch() -> Iterator[Path]:
+    """A folder with a short name: Ray's sockets lie below it, and theirs end at 107 bytes."""
+    with tempfile.TemporaryDirectory(prefix="c") as folder:
+        yield Path(folder)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can mount a read-only root")
-def test_a_learner_and_its_server_run_as_compose_has_them(cpu, rewards, tmp_path):
+def test_a_learner_and_its_server_run_as_compose_has_them(cpu, rewards, scratch):
     """Both services of docker/compose.yaml, on a read-only root without capabilities; the training is a short one."""
     compose = yaml.safe_load((docker_steps.ROOT / "docker" / "compose.yaml").read_text())["services"]
     assert compose["learner"]["tmpfs"] == ["/tmp", "/home/tokenppo:exec,uid=10001,gid=10001,mode=0700"]
-    server = Server(rewards, tmp_path)
-    command, environ = docker_steps.contained(server.command, tmp_path / "server", rewards.environ)
-    written, _ = docker_steps.contained(["touch", str(rewards.app / "written")], tmp_path / "touch", rewards.environ)
+    server = Server(rewards, scratch)
+    command, environ = docker_steps.contained(server.command, scratch / "server", rewards.environ)
+    written, _ = docker_steps.contained(["touch", str(rewards.app / "written")], scratch / "touch", rewards.environ)
     assert "Read-only" in subprocess.run(written, capture_output=True, text=True, timeout=60).stderr
     with started(command, rewards.app, environ) as line:
         assert "scoring" in line and server.is_well(), line
         words = server.here(compose["learner"]["command"])
         words += [word for key, value in SHORT.items() for word in (f"--{key}", value)]
         command, environ = docker_steps.contained(
-            [*words, "--run.dir", str(tmp_path / "learner" / "runs")], tmp_path / "learner", cpu.environ
+            [*words, "--run.dir", str(scratch / "learner" / "runs")], scratch / "learner", cpu.environ
         )
         run = subprocess.run(command, cwd=cpu.app, env=environ, capture_output=True, text=True, timeout=400)
     assert run.returncode == 0, run.stdout + run.stderr
-    (row,) = [json.loads(line) for line in (tmp_path / "learner/runs/cards/metrics.jsonl").read_text().splitlines()][
-        -1:
-    ]
+    (row,) = [json.loads(line) for line in (scratch / "learner/runs/cards/metrics.jsonl").read_text().splitlines()][-1:]
     assert row["step"] == 1, row
     assert TOKEN not in run.stdout + run.stderr
-    kept = [path for path in (tmp_path / "learner" / "runs").rglob("*") if path.is_file()]
+    kept = [path for path in (scratch / "learner" / "runs").rglob("*") if path.is_file()]
     assert kept and not [path for path in kept if TOKEN.encode() in path.read_bytes()], "the token is in the run folder"
 
 
