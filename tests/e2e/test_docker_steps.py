@@ -20,6 +20,7 @@ from packaging.utils import canonicalize_name
 
 import docker_steps
 
+pytestmark = pytest.mark.timeout(1500)  # pip unpacks 2 GB: a minute on a quiet machine, ten on a busy one
 SYSTEM = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
