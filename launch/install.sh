@@ -1,11 +1,14 @@
 # shellcheck shell=bash
 # Sourced by demo.sh, test.sh and docker/Dockerfile: leaves $python, a Python with tokenppo, in .venv beside pyproject.toml.
 # Does nothing where that is there already. PYTHON names the interpreter to start from (3.11 or newer), EXTRAS what comes
-# along, by the names in pyproject.toml: the tools of the tests, unless EXTRAS is set; set to nothing, nothing.
+# along, by the names in pyproject.toml: the tools of the tests, unless EXTRAS is set; set to nothing, nothing. With LOCK,
+# a file of docker/, exactly what that names is installed, whatever EXTRAS says.
 
 python="$PWD/.venv/bin/python"
 extras=${EXTRAS-dev}
-wanted="$(cksum < pyproject.toml)${extras:+ $extras}"
+lock=${LOCK-}
+[ -z "$lock" ] || extras=
+wanted="$(cat pyproject.toml ${lock:+"$lock"} | cksum)${extras:+ $extras}"
 
 if [ "$(cat .venv/installed 2>/dev/null)" != "$wanted" ]; then
     "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
@@ -13,12 +16,17 @@ if [ "$(cat .venv/installed 2>/dev/null)" != "$wanted" ]; then
         exit 2
     }
     echo "installing into .venv (2 GB with a CPU build of torch, 6 GB with a CUDA build; once)"
-    [ -x "$python" ] || "${PYTHON:-python3}" -m venv .venv
-    # Without a GPU the release that this was tested with. Which build of it pip takes is pip's own settings' business.
-    if ! command -v nvidia-smi > /dev/null; then
-        "$python" -m pip install --quiet --disable-pip-version-check torch==2.13.0
+    if [ -n "$lock" ]; then
+        bash docker/venv.sh "$lock"
+        "$python" -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+    else
+        [ -x "$python" ] || "${PYTHON:-python3}" -m venv .venv
+        # Without a GPU the release that this was tested with. Which build pip takes is pip's own settings' business.
+        if ! command -v nvidia-smi > /dev/null; then
+            "$python" -m pip install --quiet --disable-pip-version-check torch==2.13.0
+        fi
+        "$python" -m pip install --quiet --disable-pip-version-check --editable ".${extras:+[$extras]}"
     fi
-    "$python" -m pip install --quiet --disable-pip-version-check --editable ".${extras:+[$extras]}"
     printf '%s\n' "$wanted" > .venv/installed
 fi
 # DeepSpeed compiles with the tools of this folder; idle threads of one process must not steal the cores of another.

@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-TARGETS = ("cpu", "cuda")
+TARGETS = ("cpu", "cuda", "reward-server")
+TRAINING = ("cpu", "cuda")  # these write runs
+LABELS = ("title", "description", "licenses", "source", "version", "revision")
 SECRET = re.compile(r"(^|_)(TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|API_?KEY|(ACCESS|PRIVATE)_?KEY|AUTH)(_|$)", re.I)
 PINNED = re.compile(r"[^\s:@]+(?::\d+/[^\s:@]+)?(:v?\d+\.\d+\.\d+[^\s@]*)?(@sha256:[0-9a-f]{64})?")
 
@@ -139,10 +141,41 @@ def _problems(stages: list[Stage], root: Path) -> Iterator[str]:
         checks = [i.body for i in made_by if i.word == "HEALTHCHECK"]
         if not checks or checks[-1].upper() == "NONE":
             yield f"health: {target} has no HEALTHCHECK"
-        if not [i for i in made_by if i.word == "VOLUME"]:
+        if target in TRAINING and not [i for i in made_by if i.word == "VOLUME"]:
             yield f"volume: {target} has no VOLUME for runs"
         if not [i for i in made_by if i.word == "ENTRYPOINT" and i.exec_form]:
             yield f"entrypoint: {target} has no ENTRYPOINT in exec form, so signals would end in a shell"
+        if not [i for i in made_by if i.word == "CMD" and i.exec_form]:
+            yield f"command: {target} has no CMD in exec form"
+        yield from _of_labels(target, made_by)
+        yield from _of_size(target, made_by)
+
+
+def labels(made_by: list[Instruction]) -> dict[str, str]:
+    """The last part of the name of each OCI label -> its value as it is written."""
+    pairs = [pair.partition("=") for i in made_by if i.word == "LABEL" for pair in shlex.split(i.body)]
+    return {key.removeprefix("org.opencontainers.image."): value for key, _, value in pairs}
+
+
+def _of_labels(target: str, made_by: list[Instruction]) -> Iterator[str]:
+    found = labels(made_by)
+    yield from (f"label: {target} has no org.opencontainers.image.{name}" for name in LABELS if not found.get(name))
+    arguments = {pair.partition("=")[0] for i in made_by if i.word == "ARG" for pair in shlex.split(i.body)}
+    for name in ("revision", "source"):
+        if name in found and found[name] not in {f"${argument}" for argument in arguments}:
+            yield f"label: {target}: {name} is not of this build; give it by an ARG"
+    words = [i.word for i in made_by]
+    if "ARG" in words and "COPY" in words[words.index("ARG") :]:
+        yield f"label: {target}: an ARG before COPY makes the layers behind it anew for each commit"
+
+
+def _of_size(target: str, made_by: list[Instruction]) -> Iterator[str]:
+    """What only builds stays in the stage that builds."""
+    for instruction in made_by:
+        if instruction.word == "RUN" and re.search(
+            r"\bpip3?\b.*\binstall\b|docker/venv\.sh|launch/install\.sh", instruction.body
+        ):
+            yield f"layers: line {instruction.line}: {target} installs by pip; copy .venv from a stage that did"
 
 
 def _of_instruction(instruction: Instruction, names: list[str], root: Path, patterns: list[str]) -> Iterator[str]:
@@ -170,5 +203,9 @@ def _of_instruction(instruction: Instruction, names: list[str], root: Path, patt
         ):
             yield f"apt: {at}: the lists stay in the layer; remove /var/lib/apt/lists/* in the same RUN"
         for command in re.split(r"&&|;|\|\|", body):
-            if re.search(r"\bpip3?\b.*\binstall\b", command) and "--no-cache-dir" not in command:
+            if not re.search(r"\bpip3?\b.*\binstall\b", command):
+                continue
+            if "--no-cache-dir" not in command:
                 yield f"pip: {at}: install without --no-cache-dir"
+            if "--require-hashes" not in command and not {"--no-deps", "--no-build-isolation"} <= set(command.split()):
+                yield f"hash: {at}: installs what no lock names; --require-hashes, or --no-deps --no-build-isolation"

@@ -1,32 +1,44 @@
 """The Dockerfile keeps to its rules, and each rule refuses a Dockerfile that breaks it."""
 
 import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
 
-from docker_rules import copied, ignored, lineage, parse, patterns_of, problems
+from docker_rules import TARGETS, copied, ignored, labels, lineage, parse, patterns_of, problems
+from launch import verbs
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "docker" / "Dockerfile").read_text()
 PATTERNS = patterns_of(ROOT / ".dockerignore")
-TAIL = """VOLUME /runs
+LABELS = "LABEL " + " ".join(
+    f'org.opencontainers.image.{n}="x"' for n in ("title", "description", "licenses", "version")
+)
+TAIL = f"""VOLUME /runs
 USER 10001
 HEALTHCHECK CMD ["true"]
 ENTRYPOINT ["tini", "--"]
+CMD ["true"]
+ARG REVISION SOURCE
+{LABELS} org.opencontainers.image.revision="$REVISION" org.opencontainers.image.source="$SOURCE"
 """
 GOOD = f"""# a comment
 FROM python:3.11.14-slim AS system
 RUN apt-get update \\
     # inside
     && apt-get install --yes --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
+FROM system AS builder
+RUN pip install --no-cache-dir --require-hashes -r x
 FROM system AS cpu
 COPY app.py .
-RUN pip install --no-cache-dir x
+RUN true
 {TAIL}
 FROM nvidia/cuda:12.8.1-base AS cuda
 COPY --from=system /x /x
-{TAIL}"""
+{TAIL}
+FROM system AS reward-server
+{TAIL.replace("VOLUME /runs", "")}"""
 
 
 def test_the_dockerfile_keeps_to_every_rule():
@@ -70,13 +82,23 @@ def test_the_small_good_one_has_no_problem(context):
         ("secret", "COPY app.py .", "ARG HF_TOKEN"),
         ("secret", "COPY app.py .", "ENV A=1 WANDB_API_KEY=x"),
         ("secret", "COPY app.py .", "ENV DB_PASSWORD hunter2"),
-        ("pipe", "pip install --no-cache-dir x", "curl -s https://example.org/x | bash"),
-        ("pipe", "pip install --no-cache-dir x", "bash <(wget -O- https://example.org/x)"),
-        ("sudo", "pip install --no-cache-dir x", "sudo true"),
+        ("pipe", "RUN true", "RUN curl -s https://example.org/x | bash"),
+        ("pipe", "RUN true", "RUN bash <(wget -O- https://example.org/x)"),
+        ("sudo", "RUN true", "RUN sudo true"),
         ("apt", " --no-install-recommends", ""),
         ("apt", " && rm -rf /var/lib/apt/lists/*", ""),
         ("apt", " && rm -rf /var/lib/apt/lists/*", "\nRUN rm -rf /var/lib/apt/lists/*"),
         ("pip", "--no-cache-dir ", ""),
+        ("hash", "--require-hashes ", ""),
+        ("hash", "--require-hashes ", "--no-deps "),
+        ("layers", "RUN true", "RUN pip install --no-cache-dir --require-hashes -r x"),
+        ("layers", "RUN true", "RUN bash docker/venv.sh docker/cpu.lock"),
+        ("command", 'CMD ["true"]\nARG', "CMD true\nARG"),
+        ("label", "org.opencontainers.image.licenses", "licences"),
+        ("label", '"$REVISION"', '"1234abc"'),
+        ("label", '"$SOURCE"', '"https://example.org"'),
+        ("label", "COPY app.py .", "ARG X\nCOPY app.py ."),
+        ("target", "AS reward-server", "AS rewards"),
     ],
 )
 def test_each_rule_refuses_what_breaks_it(context, rule, old, new):
@@ -130,6 +152,25 @@ def test_an_image_holds_every_file_that_the_command_and_the_demo_read(target):
     wanted = [name for name in tracked if name.startswith(ours)]
     assert "pyproject.toml" in inside and not [name for name in wanted if name not in inside]
     assert not [name for name in inside if name.startswith(("tests/", "docs/", "."))]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_labels_say_what_pyproject_says(target):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    found = labels(lineage(parse(TEXT), target))
+    assert (found["version"], found["licenses"]) == (project["version"], project["license"])
+
+
+def test_the_reward_server_asks_for_a_token_where_others_reach_it():
+    (command,) = [i.exec_form for i in lineage(parse(TEXT), "reward-server") if i.word == "CMD"]
+    verb, args = verbs.parse(command[1:])
+    assert command[0] == "tokenppo" and verb.name == "serve-reward" and args.host == "0.0.0.0"
+    assert args.token_file.startswith("/run/secrets/")
+    health = [i.body for i in lineage(parse(TEXT), "reward-server") if i.word == "HEALTHCHECK"][0]
+    assert f"'127.0.0.1', {args.port}," in health and "'/healthz'" in health
+    made_by = lineage(parse(TEXT), "reward-server")
+    assert not [i for i in made_by if "g++" in i.body], "a compiler has no work in it"
+    assert not [i for i in made_by if i.word == "COPY" and i.body == ". ."], "nor have weights and data of examples"
 
 
 @pytest.mark.parametrize("target", ["cpu", "cuda"])

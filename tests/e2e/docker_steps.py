@@ -58,9 +58,40 @@ def make(target: str, app: Path, home: Path, path: str) -> dict[str, str]:
             subprocess.run(["sh", "-c", instruction.body], cwd=app, env=environ, check=True, timeout=900)
     (final,) = (stage for stage in stages if stage.name == target)
     for instruction in final.instructions:
-        if instruction.word == "COPY" and "from" not in instruction.flags:
+        if instruction.word == "COPY" and "from" in instruction.flags:
+            assert (instruction.flags["from"], instruction.body) == (builder.name, "/app/.venv .venv")
+            keep_only(app / ".venv")
+        elif instruction.word == "COPY":
             copy(instruction, app)
     return environment(stages, target, app, home, path)
+
+
+def keep_only(kept: Path) -> None:
+    """What else the builder left beside `kept` is not in the image."""
+    for path in kept.parent.iterdir():
+        if path != kept:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+# What docker/compose.yaml asks an engine for, but for the user: a root that nothing can write to, a /tmp and a home in
+# memory, of which only the latter may hold programs, a volume, no capability and no way to gain one.
+CONTAINED = """
+scratch=$1; shift
+mount -t tmpfs -o noexec,nosuid,nodev tmpfs "$scratch/tmp"
+mount -t tmpfs -o nosuid,nodev,mode=0700 tmpfs "$scratch/home"
+mount --bind "$scratch/runs" "$scratch/runs"
+mount -o remount,ro,bind /
+exec setpriv --no-new-privs --bounding-set -all --inh-caps -all "$@"
+"""
+
+
+def contained(words: list[str], scratch: Path, environ: dict[str, str]) -> tuple[list[str], dict[str, str]]:
+    """(command, environment) of a process of an image as CONTAINED has it; root alone can start it, on Linux."""
+    for name in ("tmp", "home", "runs"):
+        (scratch / name).mkdir(parents=True)
+    inside = environ | {"HOME": str(scratch / "home"), "TMPDIR": str(scratch / "tmp")}
+    unshare = ["unshare", "--mount", "--propagation", "private", "sh", "-ec", CONTAINED, "sh", str(scratch)]
+    return [*unshare, *words], inside
 
 
 def command(target: str, word: str) -> list[str]:

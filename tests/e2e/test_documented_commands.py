@@ -39,6 +39,11 @@ ELSEWHERE = {
     ),
     r"docker (build|run|cp) .*": "tests/e2e/test_docker_steps.py::test_the_cpu_image_can_be_made_and_is_well",
     r"tokenppo doctor.*": "tests/e2e/test_doctor.py::test_a_machine_that_is_well_in_words",
+    r"docker compose .*": "tests/e2e/test_docker_steps.py::test_a_learner_and_its_server_run_as_compose_has_them",
+    # These want a network, or install for minutes: what they make, or decide by, is tested.
+    r"bash docker/lock\.sh": "tests/test_locks.py::test_an_image_that_trains_has_what_pyproject_asks_for",
+    r"bash launch/lowest\.sh": "tests/test_locks.py::test_the_lowest_releases_are_bounds_of_pyproject",
+    r"python docker/audit\.py": "tests/test_audit.py::test_a_vulnerability_is_named_with_what_mends_it",
     r"tokenppo sweep .*": (
         "tests/e2e/test_sweep.py::test_a_failing_trial_ends_no_other_and_a_larger_grid_trains_what_is_new"
     ),
