@@ -226,6 +226,12 @@ def refuse_unreachable(cfg: Config) -> None:
     address = cfg.resources.ray_address or "auto"
     if address in ("auto", "local") or "://" in address:
         return
+    refuse_unanswered(address)
+    ray_auth.refuse_open(cfg, address)
+
+
+def refuse_unanswered(address: str) -> None:
+    """As `refuse_unreachable`, of host:port, without a look at who may use it."""
     host, colon, port = address.rpartition(":")
     if not colon or not host or not port.isdigit() or not 0 < int(port) < 2**16:
         raise UserError(
@@ -238,7 +244,6 @@ def refuse_unreachable(cfg: Config) -> None:
             f"resources.ray_address = {address}: no answer ({error.strerror or error}); start a cluster there"
             " (ray start --head), or leave the key out and the run has a Ray of its own"
         ) from None
-    ray_auth.refuse_open(cfg, address)
 
 
 def wait_for_nodes(cfg: Config) -> None:

@@ -41,7 +41,7 @@ def run(tmp_path) -> Path:
         "rewards.polite.weight": 0.5,
         "rewards.judge.fn": "/srv/secret-place/rewards.py:judge",
         "rewards.judge.weight": 0,
-        "rewards.judge.options": {"api_key": "sk-12345", "scale": 2},
+        "rewards.judge.options": {"sort_key": "sk-12345", "scale": 2},
     }
     cfg = load(None, settings)
     folder = cfg.run.folder

@@ -90,8 +90,11 @@ def test_what_only_sounds_like_a_secret_passes():
 
 def test_no_option_of_any_verb_takes_a_secret():
     """Command lines are everybody's to read."""
+    names_one = {("submit", "secret")}  # of an object of Kubernetes, which keeps what is in it
     for verb in verbs.VERBS:
         for action in verb.parser()._actions:
+            if (verb.name, action.dest) in names_one:
+                continue
             assert not any(is_secret(name, "x") for name in (action.dest, *action.option_strings)), verb.name
 
 

@@ -137,7 +137,12 @@ def judge_ray(token: Token, found: Cluster | None, mode: str | None) -> list[Fin
             fail(f"RAY_AUTH_TOKEN_PATH = {token.file}: is not there, or empty", "the token of that cluster")
         )
     elif found.without_token == "ok":
-        problems.append(warn(f"{where}: takes orders without a token", "restart it with RAY_AUTH_MODE=token"))
+        problems.append(
+            warn(
+                f"{where}: takes orders without a token, and a run refuses that",
+                "restart it with RAY_AUTH_MODE=token, or --resources.insecure true",
+            )
+        )
     elif found.with_token == "denied":
         seen = "the token here is not its own" if token.value else "it wants a token, and there is none here"
         remedy = "RAY_AUTH_TOKEN, or a file of mode 0600 named by RAY_AUTH_TOKEN_PATH, with the token of that cluster"
@@ -165,7 +170,7 @@ def ask_ray(address: str, token: Token) -> Cluster:
             )
         if "://" in resolved:
             return Cluster(address=address, with_token="it is a client's address, which is not asked")
-        cluster.refuse_unreachable(resolved)
+        cluster.refuse_unanswered(resolved)
     except Fault as error:
         return Cluster(address=address, unreachable=error)
     return Cluster(
