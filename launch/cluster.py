@@ -2,6 +2,7 @@
 
 import ctypes
 import logging
+import math
 import os
 import shutil
 import signal
@@ -25,9 +26,26 @@ LAST_WORDS_S = 30.0
 FOR_WORKERS = ("OMP_WAIT_POLICY", "CUBLAS_WORKSPACE_CONFIG", "TQDM_DISABLE")
 
 
-def cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """CPU cores that this process may use: those it may run on, or what its container may have of them.
+
+    A quota (docker run --cpus, the limit of a pod) leaves all cores in sight: threads for each of them would slow each
+    other manyfold.
+    """
+    there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = _quota(cgroup)
+    return there if quota is None else max(1, min(there, math.ceil(quota)))
+
+
+def _quota(cgroup: Path) -> float | None:
+    """Cores' worth of time by the second and the first version of cgroups; None where there is no limit."""
+    for files in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
+        try:
+            quota, period = " ".join((cgroup / name).read_text() for name in files).split()
+        except (OSError, ValueError):
+            continue
+        return int(quota) / int(period) if quota not in ("max", "-1") else None
+    return None
 
 
 def device(cfg: Config) -> str:

@@ -112,6 +112,9 @@ def test_two_jobs_train_on_both_nodes_at_once_and_leave_no_process(slurm, task, 
         assert (summary["exit"], summary["steps"]) == (0, 2) and (folder / "final").is_dir()
         said = (tmp_path / f"{name}-{number}-node0.log").read_text()
         assert "step 2/2" in said, said
+        if name == "one":  # which has two rollout workers
+            seats = [line for line in said.splitlines() if line.startswith("node ")]
+            assert len(seats) == 2 and "learner 0 + worker 0" in seats[0] and ": worker 1" in seats[1], said
         assert (tmp_path / f"{name}-{number}-node1.log").exists()
     assert not list((tmp_path / "runs" / ".meet").iterdir())
     _, alive = psutil.wait_procs(slurm.family(), timeout=30)
