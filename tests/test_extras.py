@@ -79,6 +79,7 @@ def test_what_comes_anyway_is_no_extra():
     assert {"torch", "transformers", "ray", "markupsafe"} <= core and not {"peft", "fastapi", "uvicorn"} & core
 
 
+@pytest.mark.slow
 def test_the_finder_knows_every_extra_and_blocks_it():
     assert {"vllm", "peft", "fastapi", "uvicorn", "stamina", "ray.tune", "pytest"} <= set(names())
     assert not [name for name in names() if "-" in name]
@@ -86,7 +87,8 @@ def test_the_finder_knows_every_extra_and_blocks_it():
     assert done.returncode == 1 and "No module named 'fastapi'" in done.stderr
 
 
-@pytest.mark.parametrize("code", [LIGHT, pytest.param(TRAINS, marks=pytest.mark.slow)], ids=["help", "dry run"])
+@pytest.mark.slow
+@pytest.mark.parametrize("code", [LIGHT, TRAINS], ids=["help", "dry run"])
 def test_the_command_starts_without_any_extra(code):
     done = without_extras(code)
     assert done.returncode == 0 and done.stdout, done.stderr
@@ -98,6 +100,7 @@ def test_a_run_imports_no_extra():
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_a_verb_that_wants_an_extra_names_it():
     """`serve-reward` in a plain installation, which is the one that has its client's extra to name."""
     done = without_extras(

@@ -200,6 +200,7 @@ def test_words_reach_the_program_as_they_were_written(words):
     assert shlex.split(entrypoint) == ["cd", "/app", "&&", *train, *rest]
 
 
+@pytest.mark.slow
 def test_a_shell_reads_the_entrypoint_as_it_was_written():
     text = manifest(dataclasses.replace(job(), words=tuple(EVIL), nodes=2), Kubernetes(image=IMAGE))
     entrypoint = documents(text)["RayJob"]["spec"]["entrypoint"]
@@ -346,6 +347,7 @@ def test_what_is_sent_is_what_a_dry_run_prints(kubectl, capsys):
     assert (folder / "argv").read_text() == "apply --filename -\n" and (folder / "stdin").read_text() == shown
 
 
+@pytest.mark.slow
 def test_a_kubectl_that_is_absent_refuses_or_hangs_is_one_line(kubectl, capsys, monkeypatch):
     code, out, err = said(SEND, capsys)
     assert (code, out) == (2, "") and "there is no kubectl on PATH" in err
@@ -400,6 +402,7 @@ SKY_FIELDS = {  # of SkyPilot's reference of the YAML, those that we use
 }
 
 
+@pytest.mark.slow
 def test_the_skypilot_file_starts_a_node_of_the_job_on_each_machine(tmp_path):
     text = SKYPILOT.read_text()
     task = yaml.safe_load(text)
