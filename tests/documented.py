@@ -15,7 +15,8 @@ _INLINE = re.compile(r"`((?:tokenppo|bash|accelerate launch|python|source|docker
 # What a sentence names without the arguments that it would be run with.
 MENTIONS = {
     *("tokenppo train", "tokenppo replay", "tokenppo eval", "tokenppo submit"),
-    *("tokenppo submit slurm", "tokenppo submit ray", "tokenppo submit k8s"),
+    *("tokenppo submit slurm", "tokenppo submit ray", "tokenppo submit k8s", "tokenppo sweep"),
+    *("tokenppo check-reward", "tokenppo watch", "tokenppo health"),
     *("tokenppo train --config", "accelerate launch -m launch.train"),
     *("docker run", "docker build", "docker stop", "docker ps", "docker run --shm-size"),
 }

@@ -49,6 +49,8 @@ ELSEWHERE = {
     ),
     r"tokenppo serve-reward .*": f"{HTTP}::test_cards_are_rewarded_and_trained_over_http_as_in_process",
     r"tokenppo submit ray .*": RAY_JOB,
+    r"python tests/test_submit\.py": "tests/test_submit.py::test_it_is_as_the_checked_in_one",
+    r"python tests/test_submit_k8s\.py": "tests/test_submit_k8s.py::test_the_manifest_for_two_nodes_is_the_one_in_the_checkout",
     r"tokenppo train .* --resources\.ray_address auto": RAY_JOB,
     r"tokenppo submit k8s .*": "tests/test_submit_k8s.py::test_a_documented_manifest_keeps_to_every_rule",
 }
@@ -62,6 +64,11 @@ RUN: dict[str, str | Callable[[str], str]] = {
     r"(tokenppo eval .*?) --require .*": r"\1 --require 'reward/total > -1000'",
     r"(tokenppo replay .*) --step \d+": r"\1 --step 1",
     r"(tokenppo submit slurm .* --dry-run)": r"\1 | bash -n",
+    # Trained so for real, and looked at, by test_ahead, test_partial, test_calculator and test_many_learners.
+    r"(tokenppo train .* --rollout\.(?:max_staleness|round_tokens) .*)": lambda words: f"{small(words)} --dry-run",
+    r"(tokenppo train --config configs/calculator\.yaml)": lambda words: f"{small(words)} --dry-run",
+    r"(tokenppo train --accelerate zero2 .*)": lambda words: f"{small(words)} --dry-run",
+    r"(accelerate launch .*/ddp\.yaml .*)": lambda words: f"{small(words)} --dry-run",
     r"((?:tokenppo|python -m tokenppo|accelerate launch) .*)": lambda words: (
         small(words) if "train" in words else words
     ),
