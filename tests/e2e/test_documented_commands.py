@@ -50,7 +50,9 @@ ELSEWHERE = {
     r"tokenppo serve-reward .*": f"{HTTP}::test_cards_are_rewarded_and_trained_over_http_as_in_process",
     r"tokenppo submit ray .*": RAY_JOB,
     r"python tests/test_submit\.py": "tests/test_submit.py::test_it_is_as_the_checked_in_one",
-    r"python tests/test_submit_k8s\.py": "tests/test_submit_k8s.py::test_the_manifest_for_two_nodes_is_the_one_in_the_checkout",
+    r"python tests/test_submit_k8s\.py": (
+        "tests/test_submit_k8s.py::test_the_manifest_for_two_nodes_is_the_one_in_the_checkout"
+    ),
     r"tokenppo train .* --resources\.ray_address auto": RAY_JOB,
     r"tokenppo submit k8s .*": "tests/test_submit_k8s.py::test_a_documented_manifest_keeps_to_every_rule",
 }
