@@ -29,13 +29,16 @@ def root() -> Path:
     return Path(get_default_build_root())
 
 
-def wait_for_compilers(note: Callable[[str], None], *, deadline_s: float = 600.0, folder: Path | None = None) -> None:
-    """Return once no other process compiles an extension; locks of processes that are no more are removed.
+def wait_for_compilers(
+    note: Callable[[str], None], *, say_wait: bool = True, deadline_s: float = 600.0, folder: Path | None = None
+) -> None:
+    """Return once no other process compiles an extension; locks of processes that are no more are removed, and whoever
+    removes one notes it. `say_wait`: note a wait too, which one rank does for all.
 
     Raises ProcessFault where one is still held after `deadline_s` seconds.
     """
     folder = folder or root()
-    until, told = time.monotonic() + deadline_s, False
+    until, told = time.monotonic() + deadline_s, not say_wait
     while held := [lock for lock in _locks(folder) if not _is_free(lock, note)]:
         if time.monotonic() > until:
             raise ProcessFault(

@@ -47,7 +47,7 @@ def join(cfg: Config, stack: ExitStack, note: Callable[[str], None]) -> tuple[Ac
     if device == "cpu":
         group.backend = "gloo"  # unnamed, every rank under DeepSpeed would take itself for the only one
     if deepspeed:
-        compiled_ops.wait_for_compilers(note if rank == 0 else lambda _: None)
+        compiled_ops.wait_for_compilers(note, say_wait=rank == 0)
     try:
         accelerator = Accelerator(
             cpu=device == "cpu" and not deepspeed,
