@@ -30,7 +30,8 @@ from core.schema import Config
 from launch.placement import Bundle, Plan, Spread, Wanted, plan_beside_others
 from trainer.ranks import Ranks
 
-READY_S = 60.0  # for a group that has room: milliseconds; and for the first process in it to start
+READY_S = 60.0  # for a group that has room: milliseconds
+STARTED_S = 60.0  # for the first process in each bundle, which says what GPU it has
 FREED_S = 2.0  # until Ray has noticed the end of a run that ended a moment ago
 ANSWER_S = 3.0  # of a raylet to a connection, which takes milliseconds; Ray calls a node alive for longer
 NODE = "ray.io/node-id"  # a label that Ray gives each node
@@ -263,11 +264,11 @@ def _in_order(held: list[Held], bundles: list[Bundle], learners: list[tuple[str,
     look = ray.remote(num_cpus=0, max_retries=0)(gpu_ids)
     asked = [look.options(**_options(h, b.gpus)).remote() for h, b in zip(held, bundles, strict=True)]
     try:
-        of_bundle = ray.get(asked, timeout=READY_S)
+        of_bundle = ray.get(asked, timeout=STARTED_S)
     except (RayError, GetTimeoutError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ProcessFault(
-            f"Ray did not say within {READY_S:g} s which GPUs it reserved for learners: {reason}"
+            f"Ray did not say within {STARTED_S:g} s which GPUs it reserved for learners: {reason}"
         ) from None
     holder = {(h.node, gpu): h for h, gpus in zip(held, of_bundle, strict=True) for gpu in gpus}
     for rank, (node, gpu) in enumerate(learners):
