@@ -114,7 +114,9 @@ def test_trackers_go_on_under_the_same_id_with_each_step_once(whole, resumed):
     rows = [row for run in recorded for row in run.rows]
     names = {name for row in rows for name in row if not name.startswith("_")}
     assert set(again.rows()[-1]) - {"timestamp"} <= names
-    assert [row["step"] for row in rows if "samples._type" in row] == list(range(2, STEPS + 1, 2))
+    tables = [row["step"] for row in rows if "samples._type" in row]
+    # The kill came right behind step 3: it may have taken the table of step 2, which a thread was about to write.
+    assert tables in ([2, *range(4, STEPS + 1, 2)], [*range(4, STEPS + 1, 2)])
     (record,) = [a for a in recorded[-1].artifacts if a.type == "run-record"]
     kept = {entry.path: Path(entry.local_path).read_bytes() for entry in record.manifest.contents}
     assert kept.keys() == {"metrics.jsonl", "settings.json", "summary.json", "report.html"}
