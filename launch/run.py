@@ -113,6 +113,8 @@ def run(cfg: Config, inline: Inline = NOTHING, *, lives_on: bool = True) -> RunR
                     ):  # closes before `parts`, which ends what was started
                         _train(job, found, saved, parts, stack, summary)
             summary["exit"] = 0
+            if ranks.is_main:  # a wish that came too late is none for the next start, which may have more steps
+                (job.folder / run_folder.PAUSE).unlink(missing_ok=True)
         except BaseException as error:
             summary |= {"exit": exit_code_of(error), "error": f"{type(error).__name__}: {error}".removesuffix(": ")}
             raise

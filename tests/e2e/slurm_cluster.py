@@ -102,7 +102,7 @@ PartitionName=all Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP OverSubscrib
             (folder / name).mkdir()
         try:
             self._begin(munged)
-        except BaseException:
+        except BaseException:  # Ctrl-C too leaves no daemon behind
             self.end()
             raise
 

@@ -22,15 +22,15 @@ from cards_run import Run, same_numbers
 from core.config import load
 from launch import trained
 
-KILLS = 7  # one after each step
+KILLS = 12  # one after each step
 STEPS = KILLS + 1
 # Step -> what its process is about to do when it is killed; each leaves another state behind. After the other steps it
 # is killed from outside, as soon as the row of the step is there.
 INSIDE = {
     3: ("os.fsync", "/.step-3.new/learner/model.safetensors"),  # the engine's files are there, no manifest is
-    4: ("open", "/.step-4.new/manifest.json"),
-    6: ("os.rename", "/.step-6.new"),  # whole, but not under its name
-    7: ("os.rename", "/checkpoints/step-5"),  # it is the newest; the oldest is about to be deleted
+    6: ("open", "/.step-6.new/manifest.json"),
+    9: ("os.rename", "/.step-9.new"),  # whole, but not under its name
+    12: ("os.rename", "/checkpoints/step-10"),  # it is the newest; the oldest is about to be deleted
 }
 # As Python's site module starts it in every process of a run whose PYTHONPATH has its folder.
 SITECUSTOMIZE = """

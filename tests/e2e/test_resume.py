@@ -22,13 +22,22 @@ from core.faults import UserError
 from launch.run import run
 
 STEPS = 6
+# The same rewards, but that they take their time as long as a file says so.
+SLOWED = REWARDS.replace(
+    "def vowels(completions, **_):\n",
+    """def vowels(completions, **_):
+    if os.path.exists(os.path.join(os.path.dirname(__file__), "slow")):
+        time.sleep(0.4)
+""",
+)
+SLOWED = f"import os\nimport time\n{SLOWED}"
 
 
 @pytest.fixture(scope="module")
 def task(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("task")
     tiny_models.save_model(folder / "model", "gpt2")
-    (folder / "rewards.py").write_text(REWARDS)
+    (folder / "rewards.py").write_text(SLOWED)
     rows = [{"prompt": f"the {w} sat", "topic": "xy"[i % 2]} for i, w in enumerate(["cat", "dog", "mat", "park"] * 3)]
     for file in ("prompts.jsonl", "held_out.jsonl"):
         (folder / file).write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -83,7 +92,10 @@ def same_files(a: Path, b: Path) -> None:
 @pytest.fixture(scope="module")
 def resumed(task, tmp_path_factory) -> tuple[Run, Run]:
     folder = tmp_path_factory.mktemp("broken") / "r"
+    # Steps of more than a second: W&B writes its file every half, and a kill takes what it has not written.
+    (task / "slow").touch()
     broken = killed_after(task, folder, 3)
+    (task / "slow").unlink()
     again = start(task, folder)
     assert again.end(240) == 0, again.words()
     return broken, again
@@ -114,9 +126,7 @@ def test_trackers_go_on_under_the_same_id_with_each_step_once(whole, resumed):
     rows = [row for run in recorded for row in run.rows]
     names = {name for row in rows for name in row if not name.startswith("_")}
     assert set(again.rows()[-1]) - {"timestamp"} <= names
-    tables = [row["step"] for row in rows if "samples._type" in row]
-    # The kill came right behind step 3: it may have taken the table of step 2, which a thread was about to write.
-    assert tables in ([2, *range(4, STEPS + 1, 2)], [*range(4, STEPS + 1, 2)])
+    assert [row["step"] for row in rows if "samples._type" in row] == list(range(2, STEPS + 1, 2))
     (record,) = [a for a in recorded[-1].artifacts if a.type == "run-record"]
     kept = {entry.path: Path(entry.local_path).read_bytes() for entry in record.manifest.contents}
     assert kept.keys() == {"metrics.jsonl", "settings.json", "summary.json", "report.html"}
