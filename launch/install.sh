@@ -21,11 +21,13 @@ if [ "$(cat .venv/installed 2>/dev/null)" != "$wanted" ]; then
         "$python" -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
     else
         [ -x "$python" ] || "${PYTHON:-python3}" -m venv .venv
+        # Python compiles what is imported when it is; pip would take a third of the time for all that never is. (An image,
+        # which nobody writes to, is compiled whole: docker/venv.sh.)
         # Without a GPU the release that this was tested with. Which build pip takes is pip's own settings' business.
         if ! command -v nvidia-smi > /dev/null; then
-            "$python" -m pip install --quiet --disable-pip-version-check torch==2.13.0
+            "$python" -m pip install --quiet --disable-pip-version-check --no-compile torch==2.13.0
         fi
-        "$python" -m pip install --quiet --disable-pip-version-check --editable ".${extras:+[$extras]}"
+        "$python" -m pip install --quiet --disable-pip-version-check --no-compile --editable ".${extras:+[$extras]}"
     fi
     printf '%s\n' "$wanted" > .venv/installed
 fi

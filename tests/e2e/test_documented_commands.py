@@ -66,11 +66,6 @@ RUN: dict[str, str | Callable[[str], str]] = {
     r"(tokenppo eval .*?) --require .*": r"\1 --require 'reward/total > -1000'",
     r"(tokenppo replay .*) --step \d+": r"\1 --step 1",
     r"(tokenppo submit slurm .* --dry-run)": r"\1 | bash -n",
-    # Trained so for real, and looked at, by test_ahead, test_partial, test_calculator and test_many_learners.
-    r"(tokenppo train .* --rollout\.(?:max_staleness|round_tokens) .*)": lambda words: f"{small(words)} --dry-run",
-    r"(tokenppo train --config configs/calculator\.yaml)": lambda words: f"{small(words)} --dry-run",
-    r"(tokenppo train --accelerate zero2 .*)": lambda words: f"{small(words)} --dry-run",
-    r"(accelerate launch .*/ddp\.yaml .*)": lambda words: f"{small(words)} --dry-run",
     r"((?:tokenppo|python -m tokenppo|accelerate launch) .*)": lambda words: (
         small(words) if "train" in words else words
     ),
