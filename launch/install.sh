@@ -21,15 +21,17 @@ if [ "$(cat .venv/installed 2>/dev/null)" != "$wanted" ]; then
         "$python" -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
     else
         [ -x "$python" ] || "${PYTHON:-python3}" -m venv .venv
-        # Python compiles what is imported when it is; pip would take a third of the time for all that never is. (An image,
-        # which nobody writes to, is compiled whole: docker/venv.sh.)
+        # pip compiles what it installs, a third of its time: where PYTHONDONTWRITEBYTECODE is set each process would else
+        # compile torch again, ten seconds each.
         # Without a GPU the release that this was tested with. Which build pip takes is pip's own settings' business.
         if ! command -v nvidia-smi > /dev/null; then
-            "$python" -m pip install --quiet --disable-pip-version-check --no-compile torch==2.13.0
+            "$python" -m pip install --quiet --disable-pip-version-check torch==2.13.0
         fi
-        "$python" -m pip install --quiet --disable-pip-version-check --no-compile --editable ".${extras:+[$extras]}"
+        "$python" -m pip install --quiet --disable-pip-version-check --editable ".${extras:+[$extras]}"
     fi
     printf '%s\n' "$wanted" > .venv/installed
 fi
+# The dozens of processes of a run share what the first of them compiled of our own files.
+export PYTHONDONTWRITEBYTECODE=
 # DeepSpeed compiles with the tools of this folder; idle threads of one process must not steal the cores of another.
 export PATH="$PWD/.venv/bin:$PATH" OMP_WAIT_POLICY=PASSIVE
