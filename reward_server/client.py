@@ -61,6 +61,8 @@ class RewardClient:
             self._actor["max_concurrency"] = MAX_WAITING_CHUNKS
         self._timeout_s, self._max_dropped_frac, self._note = timeout_s, max_dropped_frac, note
         self.counters: Counter[str] = Counter()
+        self.dropped: set[str] = set()
+        """Uids of the samples that were dropped, in this process."""
         self._seat = actor_options
         self._servers = [self._spawn(number) for number in range(servers)]
         self._sent = 0
@@ -180,6 +182,7 @@ class RewardClient:
         if not failures:
             return
         self.counters["samples_dropped"] += len(failures)
+        self.dropped.update(failure.trajectory.request.sample_uid for failure in failures)
         first = failures[0]
         if len(failures) > self._max_dropped_frac * n_samples:
             raise RewardFault(

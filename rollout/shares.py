@@ -131,6 +131,11 @@ class Rollouts:
         """Go on with what a checkpoint has. Before anything is asked for."""
         self._under_way = under_way
 
+    def finish(self) -> None:
+        """Wait for all that was asked for. Raises what one of these raised: where batches are written ahead, nobody would
+        be told of the last weights, which none of them waits for."""
+        self._in_order.run(lambda: None).result()
+
     def close(self) -> None:
         if self._group is not None:
             self._group.close()

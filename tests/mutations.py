@@ -59,6 +59,7 @@ KEPT_HEAD = ("tests/test_kept.py::test_the_fused_head_is_autograd_over_masked_lo
 TURNS = ("tests/test_turns.py::test_logprobs_are_those_of_one_forward_over_all_that_stands_there",)
 LAST_TURN = ("tests/test_turns.py::test_the_environment_is_not_asked_after_the_last_turn",)
 NO_ROOM = ("tests/test_turns.py::test_an_observation_that_leaves_no_room_is_left_out_and_the_response_is_cut",)
+LOST = ("tests/test_rounds.py::test_a_sample_that_is_missing_is_a_fault_unless_it_was_dropped",)
 COUNTED = ("tests/test_turns.py::test_metrics_count_what_the_policy_wrote",)
 LEARN = ("tests/test_learn.py::test_a_token_for_each_position_is_learnt",)
 
@@ -154,6 +155,13 @@ MUTATIONS = [
         "logprobs=np.append(g.logprobs, none)",
         "logprobs=np.append(none, g.logprobs)",
         TURNS,
+    ),
+    Mutation(
+        "a sample that never came back is not missed",
+        LOOP_PY,
+        "lost := sorted(asked.difference(got, dropped))",
+        "lost := sorted({*got}.difference(asked))",
+        LOST,
     ),
     Mutation(
         "what an environment wrote counts as length",

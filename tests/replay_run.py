@@ -59,6 +59,8 @@ class _Workers:
         future.set_result(Written(requests=requests, pending=submit(map(self._write, chunks)), seconds=1.0))
         return future
 
+    def finish(self) -> None: ...
+
     def _write(self, requests) -> list[Trajectory]:
         fields = ("response_ids", "action_mask", "token_offsets", "finish_reason", "kept")
         return [
@@ -75,6 +77,7 @@ class _Workers:
 
 class _Rewards:
     counters: Counter[str] = Counter()
+    dropped: set[str] = set()
 
     def __init__(self, server: RewardServer) -> None:
         self._server = server

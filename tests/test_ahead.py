@@ -154,7 +154,10 @@ def test_guests_hear_of_weights_that_did_not_arrive(ahead):
         assert rollouts.update_weights(None, 1.0) is None
         with pytest.raises(InvariantFault, match="other bytes"):
             rollouts.start([], list).result(10)
+        with pytest.raises(InvariantFault, match="other bytes"):  # the last weights: no batch comes of them
+            rollouts.finish()
     else:
         with pytest.raises(InvariantFault, match="other bytes"):
             rollouts.update_weights(None, 1.0)
+        rollouts.finish()
     assert exchange.posted == [(("chunks", 2), [])]

@@ -125,7 +125,7 @@ class Rank:
             for t in chunk
         ]
         batch = self.backlog.batch(written, sorted(ones, key=lambda t: t.order))
-        account(self.cfg, written.requests, batch, version=version, older=True)
+        account(self.cfg, written.requests, batch, set(), version=version, older=True)
         return batch
 
     def save(self, folder: Path) -> None:
@@ -317,10 +317,21 @@ def test_what_was_not_asked_for_or_comes_again_is_a_fault():
 def test_tokens_of_a_newer_policy_are_a_fault_and_of_older_ones_in_rounds_none():
     cfg, r = configured(), request(3)
     t = so_far(r, 3, np.array([0, 2, 4]))
-    account(cfg, [r], [t], version=4, older=True)
+    account(cfg, [r], [t], set(), version=4, older=True)
     for version, older in ((3, True), (4, False)):
         with pytest.raises(InvariantFault, match="tokens were written by weights of version"):
-            account(cfg, [r], [t], version=version, older=older)
+            account(cfg, [r], [t], set(), version=version, older=older)
+
+
+def test_a_sample_that_is_missing_is_a_fault_unless_it_was_dropped():
+    cfg, asked = configured(), [request(3), request(4), request(5)]
+    came = [so_far(r, 3, np.zeros(3, dtype=np.int64)) for r in asked[:2]]
+    account(cfg, asked, came, {asked[2].sample_uid}, version=0)
+    for dropped in (set(), {asked[1].sample_uid}):
+        with pytest.raises(InvariantFault, match=f"1 of 3 samples were lost.*{asked[2].sample_uid}"):
+            account(cfg, asked, came, dropped, version=0)
+    with pytest.raises(InvariantFault, match="0 came back"):
+        account(cfg, asked, [], {r.sample_uid for r in asked}, version=0)
 
 
 def test_short_responses_that_are_trained_first_show_in_the_length_ratio():

@@ -69,9 +69,14 @@ class Rollouts(Protocol):
         """The same for a batch to train on, which may be of other prompts: the Future of a Written."""
         ...
 
+    def finish(self) -> None:
+        """Wait for all that was asked for, the last weights too. Raises what one of these raised."""
+        ...
+
 
 class Rewards(Protocol):
     counters: Counter[str]
+    dropped: set[str]  # uids of samples that no score could be had for, in this process
 
     def submit(self, chunks: Iterable[Any]) -> list[Any]:
         """Have each chunk scored the moment it is finished; returns after the last response."""
@@ -184,7 +189,8 @@ def train(
             with log.time("reward"):
                 scored = rewards.collect(written.pending, at_least=len(written.requests))
                 trajectories = state.backlog.batch(written, scored)
-                account(cfg, written.requests, trajectories, version=version, older=cfg.rollout.in_rounds)
+                older = cfg.rollout.in_rounds
+                account(cfg, written.requests, trajectories, rewards.dropped, version=version, older=older)
 
         with log.time("annotate"):
             batch = TrainBatch.collate(trajectories, cfg.rewards)
@@ -243,6 +249,8 @@ def train(
         log.step(step, means, samples=samples, learner_tokens=tokens * means["ppo/epochs"])
         if not on_step(step, means, [t.request.sample_uid for t in trajectories], ahead.prompts_state):
             return
+    with ranks.together():
+        rollouts.finish()
 
 
 def credit(
@@ -320,13 +328,14 @@ def account(
     cfg: Config,
     requests: list[PromptRequest],
     trajectories: list[Trajectory],
+    dropped: set[str],
     *,
     version: int | None,
     older: bool = False,
 ) -> None:
     """Raise InvariantFault unless what came back is what was asked for, each once, written by `version` of the weights.
 
-    Fewer may come back than were asked: those were dropped and counted by `rewards`, within `run.max_dropped_frac`.
+    `dropped`: uids of those that may be missing, because `rewards` dropped them, within `run.max_dropped_frac`.
     `older`: tokens may be of versions before it too, never of a later one.
     """
     asked = {request.sample_uid for request in requests}
@@ -334,6 +343,10 @@ def account(
     if len(set(got)) != len(got) or not asked.issuperset(got) or (asked and not got):
         raise InvariantFault(
             f"{len(asked)} samples were asked for; {len(got)} came back, {len(asked & {*got})} of them"
+        )
+    if lost := sorted(asked.difference(got, dropped)):
+        raise InvariantFault(
+            f"{len(lost)} of {len(asked)} samples were lost: neither scored nor dropped; the first: {lost[0]}"
         )
     if not cfg.run.checks or version is None:
         return
@@ -361,7 +374,7 @@ def answers(
     `rewards` do, and as `account`."""
     pending, _ = rollouts.start(requests, rewards.submit).result()
     trajectories = rewards.collect(pending)
-    account(cfg, rollouts.share(requests), trajectories, version=version)
+    account(cfg, rollouts.share(requests), trajectories, rewards.dropped, version=version)
     return trajectories
 
 

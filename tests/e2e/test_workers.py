@@ -128,6 +128,7 @@ def test_one_sample_that_makes_a_component_raise_costs_that_sample_alone(cfg, tm
         rewards.close()
     assert len(got) == 46 and not [t for t in got if t.request.columns["n"] == 5]
     assert rewards.counters == {"scores_retried": 8, "samples_dropped": 2}  # a chunk is 4 prompts x 2 samples
+    assert len(rewards.dropped) == 2 and not rewards.dropped & {t.request.sample_uid for t in got}
     assert all("ZeroDivisionError" in note for note in notes)
     assert notes[0].startswith("8 samples have no reward yet") and notes[1].startswith("2 samples dropped")
 
