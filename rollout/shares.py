@@ -132,8 +132,8 @@ class Rollouts:
         self._under_way = under_way
 
     def finish(self) -> None:
-        """Wait for all that was asked for. Raises what one of these raised: where batches are written ahead, nobody would
-        be told of the last weights, which none of them waits for."""
+        """Wait for all that was asked for. Raises what one of these raised: where batches are written ahead, none of them
+        waits for the last weights."""
         self._in_order.run(lambda: None).result()
 
     def close(self) -> None:
