@@ -132,8 +132,8 @@ class Rollouts:
         self._under_way = under_way
 
     def finish(self) -> None:
-        """Wait for all that was asked for. Raises what one of these raised: where batches are written ahead, none of them
-        waits for the last weights."""
+        """Wait for all that was asked for, and raise what one of these raised. Where batches are written ahead, none of
+        them waits for the last weights."""
         self._in_order.run(lambda: None).result()
 
     def close(self) -> None:
