@@ -18,8 +18,8 @@ def python_with_trl(folder: Path) -> Path:
     print(f"installing {', '.join(wanted)} into {folder}", flush=True)
     _run([sys.executable, "-m", "venv", str(folder)])
     # torch first and by itself: where the index has a file for the CPU, nothing then asks for the one for GPUs.
-    _run([str(python), "-m", "pip", "install", "-q", wanted[1]])
-    _run([str(python), "-m", "pip", "install", "-q", *wanted])
+    _run([str(python), "-m", "pip", "install", "-q", "--no-compile", wanted[1]])
+    _run([str(python), "-m", "pip", "install", "-q", "--no-compile", *wanted])
     ready.write_text("\n".join(wanted))
     return python
 

@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -40,7 +39,7 @@ def main(argv: list[str]) -> int:
 
 
 def train(argv: list[str]) -> int:
-    """Check what was written, then start `accelerate launch -m launch.train` with the same words and wait for it."""
+    """Check what was written, then start launch/train.py with the same words, once for each learner, and wait."""
     args = arguments.parse(argv)
     if args.help:
         print(arguments.help_text())
@@ -60,25 +59,22 @@ def train(argv: list[str]) -> int:
     return launch(argv, args, cfg)
 
 
-def accelerate_config(cfg: Config) -> Path:
-    """The accelerate file for one process on this machine."""
-    gpu = cfg.resources.device != "cpu" and shutil.which("nvidia-smi") is not None
-    return arguments.accelerate_file("gpu" if gpu else "cpu")
-
-
 def launch(argv: list[str], args: arguments.TrainArguments, cfg: Config, *, machines: Sequence[str] = ()) -> int:
     """The learner processes of this machine; returns what they end with. `machines`: options of accelerate launch for
     a job on several."""
     with tempfile.TemporaryDirectory(prefix="tokenppo-") as scratch:
         codes = Path(scratch)
         # -P and PYTHONSAFEPATH: a folder `core` or `launch` where the user stands must not be taken for ours.
-        command = [sys.executable, "-P", "-m", "launch.accelerate_launch", "--quiet"]
-        command += ["--config_file", args.accelerate or str(accelerate_config(cfg))]
-        if args.num_processes is not None:
-            command += ["--num_processes", str(args.num_processes)]
-        command += machines
-        command += ["--num_cpu_threads_per_process", str(cores()), "-m", "launch.train", *argv]
+        command = [sys.executable, "-P"]
         environment = os.environ | {"PYTHONSAFEPATH": "1", EXIT_CODE_FOLDER: str(codes)}
+        if args.accelerate is None:  # one learner: for it accelerate launch would do this, in three seconds
+            environment |= {"OMP_NUM_THREADS": str(cores()), "ACCELERATE_MIXED_PRECISION": "no"}
+        else:
+            command += ["-m", "launch.accelerate_launch", "--quiet", "--config_file", args.accelerate, *machines]
+            if args.num_processes is not None:
+                command += ["--num_processes", str(args.num_processes)]
+            command += ["--num_cpu_threads_per_process", str(cores())]
+        command += ["-m", "launch.train", *argv]
         # In a session of its own: Ctrl-C reaches this process alone, which passes it on to the learner.
         signal.signal(signal.SIGTERM, _raise_terminated)
         signal.signal(signal.SIGHUP, _raise_terminated)
@@ -90,7 +86,7 @@ def launch(argv: list[str], args: arguments.TrainArguments, cfg: Config, *, mach
             child.wait()
         except (KeyboardInterrupt, SystemExit) as error:
             if child is not None:
-                _stop(child)
+                _stop(child, is_learner=args.accelerate is None)
             return INTERRUPTED if isinstance(error, KeyboardInterrupt) else TERMINATED
         # A rank that ended because of another one says 143; one that was killed says nothing.
         said = {file.name: int(file.read_text() or 1) for file in codes.iterdir()}
@@ -119,15 +115,16 @@ def _kill_orphans() -> None:
     psutil.wait_procs(orphans, timeout=GRACE_S)
 
 
-def _stop(child: subprocess.Popen) -> None:
-    """Interrupt the learner; after GRACE_S kill every descendant that is left. Waits at most that long."""
+def _stop(child: subprocess.Popen, *, is_learner: bool) -> None:
+    """Interrupt the learners, which `child` is or has started; after GRACE_S kill every descendant that is left. Waits
+    at most that long."""
     import psutil
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     try:
         family = psutil.Process(child.pid).children(recursive=True)
-        learners = psutil.Process(child.pid).children()
+        learners = [] if is_learner else psutil.Process(child.pid).children()
     except psutil.NoSuchProcess:
         return
     for learner in learners or [psutil.Process(child.pid)]:

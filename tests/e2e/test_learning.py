@@ -62,13 +62,15 @@ def slot_errors(demo: Run) -> list[float]:
 def test_shuffled_rewards_teach_nothing(tmp_path):
     file = ROOT / "tests" / "e2e" / "shuffled_rewards.py"
     fns = [word for c in ("consistency", "quality", "coverage") for word in (f"--rewards.{c}.fn", f"{file}:{c}")]
-    demo = Run(tmp_path / "shuffled", *fns, "--run.eval_every", "5")
+    demo = Run(tmp_path / "shuffled", *fns, "--rollout.workers", "1", "--run.eval_every", "5")
     assert demo.end() == 0, demo.words()
     assert len(slot_errors(demo)) == 6 and min(slot_errors(demo)) > 0.35
 
 
 def test_learning_rate_0_changes_nothing(tmp_path):
-    demo = Run(tmp_path / "still", "--optim.lr", "0", "--run.steps", "3", "--run.eval_every", "1")
+    demo = Run(
+        tmp_path / "still", "--optim.lr", "0", "--rollout.workers", "1", "--run.steps", "3", "--run.eval_every", "1"
+    )
     assert demo.end() == 0, demo.words()
     evals = demo.summary()["eval"]
     without_step = [{k: v for k, v in evals[when].items() if k != "step"} for when in ("before", "after")]

@@ -45,7 +45,7 @@ def task(tmp_path_factory) -> Path:
         f"""
 model: {{path: model, dtype: float32}}
 data: {{path: prompts.jsonl, eval_path: held_out.jsonl, eval_prompts: 8}}
-rollout: {{batch_size: 16, n_samples_per_prompt: 2, chunk_size: 4, max_new_tokens: 12}}
+rollout: {{workers: 1, batch_size: 16, n_samples_per_prompt: 2, chunk_size: 4, max_new_tokens: 12}}
 rewards:
   vowels: {{fn: rewards.py:vowels, normalize: running}}
   brevity: {{fn: rewards.py:brevity, weight: 0.5, options: {{scale: 0.01}}}}
@@ -64,7 +64,8 @@ def start(task: Path, folder: Path, *options: str) -> Run:
 
 @pytest.fixture(scope="module")
 def whole(task, tmp_path_factory) -> Run:
-    run = start(task, tmp_path_factory.mktemp("whole") / "r")
+    """With two workers; those that are compared with it have one."""
+    run = start(task, tmp_path_factory.mktemp("whole") / "r", "--rollout.workers", "2")
     assert run.end(240) == 0, run.words()
     return run
 
@@ -206,7 +207,8 @@ def test_another_model_or_reward_under_the_old_name_does_not_go_unnoticed(task, 
 @pytest.mark.slow
 def test_one_process_goes_on_from_what_two_wrote(task, whole, tmp_path):
     """Under DDP every rank holds all: the number of ranks may change, the numbers do but by rounding."""
-    two = start(task, tmp_path / "r", "--accelerate", "ddp", "--run.steps", "2", "--log.trackers", "[]")
+    short = ("--run.steps", "2", "--log.trackers", "[]")
+    two = start(task, tmp_path / "r", "--accelerate", "ddp", "--rollout.workers", "2", *short)
     assert two.end(240) == 0, two.words()
     one = start(task, tmp_path / "r", "--run.steps", "3", "--log.trackers", "[]")
     assert one.end(240) == 0, one.words()
@@ -255,7 +257,7 @@ def test_where_all_checkpoints_are_damaged_nothing_is_started_or_renamed(task, t
 
 @pytest.mark.slow
 def test_two_learner_processes_have_one_wandb_run_and_one_writer(task, tmp_path):
-    several = start(task, tmp_path / "r", "--accelerate", "ddp", "--run.steps", "2")
+    several = start(task, tmp_path / "r", "--accelerate", "ddp", "--rollout.workers", "2", "--run.steps", "2")
     assert several.end(240) == 0, several.words()
     (file,) = wandb_file.files(several.folder)
     rows = wandb_file.read(file).rows

@@ -53,7 +53,7 @@ def folder(tmp_path_factory) -> Path:
     (folder / "config.yaml").write_text("""
 model: {path: model, dtype: float32}
 data: {path: prompts.jsonl, eval_path: prompts.jsonl, eval_prompts: 4}
-rollout: {batch_size: 8, chunk_size: 4, max_new_tokens: 8}
+rollout: {workers: 1, batch_size: 8, chunk_size: 4, max_new_tokens: 8}
 rewards:
   Stateful: {fn: theirs.py:Stateful, weight: {0: 1.0, 4: 0.0}}
   safe: {fn: theirs.py:trl_style, weight: 0.5, at_least: 100.0, multiplier_lr: 0.01}

@@ -28,7 +28,7 @@ def task(tmp_path_factory) -> Path:
         """
 model: {path: model, dtype: float32}
 data: {path: prompts.jsonl, eval_path: prompts.jsonl, eval_prompts: 4}
-rollout: {batch_size: 8, n_samples_per_prompt: 2, chunk_size: 4, max_new_tokens: 6}
+rollout: {workers: 1, batch_size: 8, n_samples_per_prompt: 2, chunk_size: 4, max_new_tokens: 6}
 rewards:
   vowels: {fn: rewards.py:vowels}
   brevity: {fn: rewards.py:brevity, weight: 0.5, options: {scale: 0.01}}
