@@ -103,12 +103,12 @@ class WandB:
         look = self._looks.pop(step, {})
         if step <= self._seen:
             return
-        # Committed at once: else a row waits for the next one, and is lost with the process.
-        self._tracker.log({"step": step, **values, **look}, step=step, commit=True)
-        if self._offline:
+        if self._offline:  # first: a kill between the two may cost a row, and no step is there twice
             new = self._last.with_suffix(".new")
             new.write_text(str(step))
             os.replace(new, self._last)
+        # Committed at once: else a row waits for the next one, and is lost with the process.
+        self._tracker.log({"step": step, **values, **look}, step=step, commit=True)
         if self._view_due:
             self._view_due = False
             self._save_view()

@@ -249,6 +249,7 @@ def test_interrupt_ends_every_process_within_ten_seconds(task, tmp_path):
     run.wait_for(lambda: len(run.rows()) >= 2)
     family = run.family()
     assert len(family) > 5  # learner, Ray's own, two workers, the reward server
+    assert run.process.pid == psutil.Process(run.pids()["learner"]).ppid()  # nobody between the two, for one learner
     started = time.monotonic()
     run.interrupt()
     assert run.end(30) == 130

@@ -210,10 +210,11 @@ def test_one_process_goes_on_from_what_two_wrote(task, whole, tmp_path):
     short = ("--run.steps", "2", "--log.trackers", "[]")
     two = start(task, tmp_path / "r", "--accelerate", "ddp", "--rollout.workers", "2", *short)
     assert two.end(240) == 0, two.words()
-    one = start(task, tmp_path / "r", "--run.steps", "3", "--log.trackers", "[]")
+    one = start(task, tmp_path / "r", "--rollout.workers", "2", "--run.steps", "3", "--log.trackers", "[]")
     assert one.end(240) == 0, one.words()
     assert one.summary()["resumed_from"] == 2 and [row["step"] for row in one.rows()] == [1, 2, 3]
-    sharded = start(task, tmp_path / "r", "--accelerate", "zero2", "--run.steps", "4", "--log.trackers", "[]")
+    other = ("--accelerate", "zero2", "--rollout.workers", "2", "--run.steps", "4", "--log.trackers", "[]")
+    sharded = start(task, tmp_path / "r", *other)
     assert sharded.end(120) == 2 and "DeepSpeed reads back only its own shards" in sharded.words(), sharded.words()
 
 
