@@ -47,6 +47,8 @@ def join(cfg: Config, stack: ExitStack, note: Callable[[str], None]) -> tuple[Ac
     if device == "cpu":
         group.backend = "gloo"  # unnamed, every rank under DeepSpeed would take itself for the only one
     if deepspeed:
+        if device == "cpu":
+            _without_shared_memory_op()
         compiled_ops.wait_for_compilers(note, say_wait=rank == 0)
     try:
         accelerator = Accelerator(
@@ -80,6 +82,14 @@ def join(cfg: Config, stack: ExitStack, note: Callable[[str], None]) -> tuple[Ac
 
         unset_hf_deepspeed_config()
     return accelerator, ranks
+
+
+def _without_shared_memory_op() -> None:
+    """DeepSpeed on a CPU compiles, in a minute of processor, an operation that its `inference_all_reduce` alone calls:
+    where this table, which nothing else there reads, says that it compiles here (deepspeed 0.19.8, comm/torch.py)."""
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__ = {}
 
 
 def _flag(name: str) -> bool:
@@ -120,11 +130,13 @@ def _refuse(device: str, deepspeed: bool) -> None:
             raise UserError(
                 "zero3_init_flag = true in the accelerate file: models are loaded whole, then sharded; false"
             )
+        offloaded = os.environ.get("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "none") != "none"
         for tool in ("g++", "ninja"):
-            if device == "cpu" and shutil.which(tool) is None:
+            if device == "cpu" and offloaded and shutil.which(tool) is None:
                 raise UserError(
-                    f"DeepSpeed on a CPU compiles its communication with {tool}, which is not on PATH: install the"
-                    f" package {tool.replace('ninja', 'ninja-build')}, or use launch/accelerate/ddp.yaml"
+                    f"offload_optimizer_device in the accelerate file: DeepSpeed compiles that optimizer with {tool},"
+                    f" which is not on PATH: install the package {tool.replace('ninja', 'ninja-build')}, or use"
+                    " launch/accelerate/zero3.yaml"
                 )
 
 

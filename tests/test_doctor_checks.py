@@ -68,7 +68,7 @@ WELL = Software(versions={"ray": "2.60.0", "transformers": "5.23.0", "torch": "2
         ({"versions": WELL.versions | {"vllm": "0.32"}}, "warn", "vllm wants transformers below 5.20"),
         ({"versions": WELL.versions | {"vllm": "0.32"}, "vllm_here": True}, "FAIL", "vllm wants transformers"),
         ({"tools": frozenset({"g++"})}, "warn", "g\\+\\+ or ninja is not on PATH"),
-        ({"tools": frozenset(), "deepspeed": True}, "FAIL", "DeepSpeed on a CPU compiles"),
+        ({"tools": frozenset(), "offload": True}, "FAIL", "DeepSpeed on a CPU compiles"),
         ({"torch_cuda": "13.0", "driver_cuda": "12.8", "gpus": 1}, "FAIL", "later CUDA than the driver"),
         ({"gpus": 1, "driver_cuda": "13.0"}, "warn", "torch is built for the CPU alone"),
         ({"versions": WELL.versions | {"ray": "2.52.1"}}, "warn", "Ray before 2.60"),

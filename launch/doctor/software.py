@@ -31,7 +31,7 @@ class Software:
     torch_cuda: str | None = None  # that torch is built for; None: for the CPU
     driver_cuda: str | None = None  # the newest that the driver can; None: there is no driver
     gpus: int = 0
-    deepspeed: bool = False  # this launch would use it
+    offload: bool = False  # DeepSpeed's optimizer would work in host memory
     vllm_here: bool = False  # this run would use vLLM in the learner's environment
 
 
@@ -71,10 +71,10 @@ COMBINATIONS = (
     ),
     Combination(
         is_there=lambda s: not s.gpus and not {"g++", "ninja"} <= s.tools,
-        stops=lambda s: s.deepspeed,
-        reason="DeepSpeed on a CPU compiles its communication, and g++ or ninja is not on PATH",
-        remedy="apt-get install g++ ninja-build, or --accelerate ddp, which needs neither",
-        since="2026-11-26, deepspeed 0.19.8 dies inside Accelerator()",
+        stops=lambda s: s.offload,
+        reason="DeepSpeed on a CPU compiles an optimizer that is offloaded, and g++ or ninja is not on PATH",
+        remedy="apt-get install g++ ninja-build, or --accelerate zero3, which needs neither",
+        since="2026-11-28, deepspeed 0.19.8",
     ),
     Combination(
         is_there=lambda s: (
@@ -161,7 +161,7 @@ def look_at_packages(situation: Situation) -> list[Finding]:
         torch_cuda=torch_cuda(),
         driver_cuda=driver.cuda,
         gpus=len(driver.gpus) if cfg.resources.device != "cpu" else 0,
-        deepspeed=situation.sharding.kind.startswith("zero"),
+        offload=situation.sharding.offload_optimizer,
         vllm_here=situation.whole and rollout.engine == "vllm" and rollout.python is None,
     )
     of_versions, bad = judge_versions(wanted, versions), judge_combinations(software)
