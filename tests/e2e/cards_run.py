@@ -1,5 +1,6 @@
 """Starting real runs for the tests here: the command as a user types it, and the processes that belong to it."""
 
+import contextlib
 import functools
 import json
 import signal
@@ -91,7 +92,8 @@ class Run:
 
     def kill(self) -> None:
         for process in [*self.family(), psutil.Process(self.process.pid)]:
-            process.kill()
+            with contextlib.suppress(psutil.NoSuchProcess):  # it ended with one that was killed before it
+                process.kill()
         self.process.wait(30)
 
     def interrupt(self) -> None:
