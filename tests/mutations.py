@@ -12,7 +12,9 @@ Each mutation has a copy and a process of its own. The process is forked from th
 (and nothing of ours), or most of the time would go into importing torch a hundred times.
 """
 
+import gc
 import importlib
+import importlib.metadata
 import os
 import re
 import shutil
@@ -1014,6 +1016,10 @@ def main(words: list[str]) -> int:
     os.environ.update(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE", HF_HUB_OFFLINE="1", PYTHONDONTWRITEBYTECODE="1")
     for library in LIBRARIES:
         importlib.import_module(library)
+    for plugin in importlib.metadata.entry_points(group="pytest11"):  # each child would import them all
+        plugin.load()
+    gc.collect()
+    gc.freeze()  # pytest collects garbage three times, through all that is imported here
     tests = sorted({test for m in mutations for test in m.tests})
     for number, code, output, _ in side_by_side([(None, (test,)) for test in tests]):
         if code != 0:
@@ -1023,7 +1029,7 @@ def main(words: list[str]) -> int:
     caught = 0
     for number, code, output, seconds in side_by_side([(m, m.tests) for m in mutations]):
         mutation = mutations[number]
-        failed = re.search(r"^FAILED (\S+::.+?)(?: - |$)", output, flags=re.MULTILINE)
+        failed = re.search(r"^FAILED (\S+::.+?)(?: - | call after |$)", output, flags=re.MULTILINE)
         if code == 1 and failed:
             caught += 1
             how = f"caught by {failed[1]}"
