@@ -138,9 +138,7 @@ def prepare_environment() -> None:
     Idle OpenMP threads must sleep: spinning ones steal the cores of the other processes.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    tools = str(
-        Path(sys.executable).parent
-    )  # DeepSpeed compiles an offloaded optimizer with the ninja of this environment
+    tools = str(Path(sys.executable).parent)  # with the ninja of this environment DeepSpeed compiles what it offloads
     if tools not in os.environ.get("PATH", "").split(os.pathsep):
         os.environ["PATH"] = os.pathsep.join(filter(None, [tools, os.environ.get("PATH")]))
     if shutil.which("nvidia-smi") is None:  # else deepspeed, once imported, says at length that it found no GPU

@@ -21,7 +21,7 @@ if [ "$(cat .venv/installed 2>/dev/null)" != "$wanted" ]; then
         "$python" -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
     else
         [ -x "$python" ] || "${PYTHON:-python3}" -m venv .venv
-        # pip would compile 23,000 files, a minute. What a run imports, a fifth of them, is compiled here: where
+        # pip would compile 23,000 files. What a run imports, a fifth of them, is compiled here: where
         # PYTHONDONTWRITEBYTECODE is set each process of each run would else do it again, ten seconds.
         pip=("$python" -m pip install --quiet --disable-pip-version-check --no-compile)
         # Without a GPU the release that this was tested with. Which build pip takes is pip's own settings' business.
