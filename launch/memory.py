@@ -139,25 +139,25 @@ def trained_and_frozen(cfg: Config, shape: ModelShape) -> tuple[int, int]:
     return adapters + critic + heads, shape.parameters
 
 
-def _besides(sharding: Sharding, trained: int, whole: int, device: str) -> float:
+def _besides(sharding: Sharding, trained: int, whole: int) -> float:
     """Elements that engines hold beside weights, gradients and moments.
 
     ddp    buckets as large as the gradients, which are copied in and out (gradient_as_bucket_view is off)
     zero0  a flat copy of up to one bucket for the all-reduce
     zero1, zero2   a copy of the rank's weights for the optimizer even in float32 (single_partition_of_fp32_groups),
-           its gradients flat for the step, and a bucket: a GPU gives it whole, a CPU only what is written of it
+           its gradients flat for the step, and a bucket, which trainer/learner.py makes no larger than all gradients
     zero3  a bucket, what is in it once more (reduce_scatter_coalesced joins it by rank), and parameters that are
            gathered and kept because they are read again soon, up to MAX_LIVE
     fsdp2  two layers that are gathered; the largest there is an eighth of a small model, less of a large one
     """
-    bucket = min(trained, REDUCE_BUCKET) if device == "cpu" else REDUCE_BUCKET
+    bucket = min(trained, REDUCE_BUCKET)
     return {
         "one": 0.0,
         "ddp": trained,
-        "zero0": min(trained, REDUCE_BUCKET),
+        "zero0": bucket,
         "zero1": 2 * trained / sharding.ranks + bucket,
         "zero2": 2 * trained / sharding.ranks + bucket,
-        "zero3": bucket + min(trained, REDUCE_BUCKET) + min(whole, MAX_LIVE),
+        "zero3": 2 * bucket + min(whole, MAX_LIVE),
         "fsdp2": whole / 4,
     }[sharding.kind]
 
@@ -170,7 +170,7 @@ def learner(cfg: Config, shape: ModelShape, sharding: Sharding, device: str) -> 
     of_gradients = n if sharding.kind in ("zero2", "zero3", "fsdp2") else 1
     of_moments = n if sharding.kind in ("zero1", "zero2", "zero3", "fsdp2") else 1
     weights, gradients = F32 * whole / of_weights, F32 * trained / of_gradients
-    moments, buffers = 2 * F32 * trained / of_moments, F32 * _besides(sharding, trained, whole, device)
+    moments, buffers = 2 * F32 * trained / of_moments, F32 * _besides(sharding, trained, whole)
     if cfg.model.dtype == "bfloat16":  # autocast: each matrix is rounded once and kept for the backward pass
         buffers += 2 * min(whole, MAX_LIVE)
     reference = F32 * shape.parameters if cfg.reference in ("copy", "offload") else 0.0

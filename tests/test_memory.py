@@ -69,9 +69,12 @@ def test_one_learner_has_the_16_bytes_of_the_zero_paper_and_the_reference():
     assert it.weights + it.gradients + it.moments == 16 * P and it.states == 16 * P + 4_000_000
 
 
-def test_a_gpu_gives_deepspeeds_bucket_whole_and_a_cpu_what_is_written_of_it():
-    on_cpu, on_gpu = (learner("zero2", 2, device).buffers for device in ("cpu", "cuda"))
-    assert on_gpu - on_cpu == 4 * (500_000_000 - P)
+def test_deepspeeds_bucket_is_no_larger_than_all_gradients_nor_than_its_default():
+    for device in ("cpu", "cuda"):
+        assert learner("zero2", 2, device).buffers == 4 * (P + P)
+    large = ModelShape(**(SHAPE.__dict__ | {"parameters": 7_000_000_000}))
+    it = memory.learner(configured(), large, Sharding(kind="zero2", ranks=8), "cuda")
+    assert it.buffers == 4 * (2 * (7_000_000_000 + HEAD) / 8 + 500_000_000)
 
 
 def test_zero3_gathers_no_more_than_its_limit():

@@ -87,11 +87,20 @@ class Learner:
         self.policy = PolicyWithValueHead(lm, cfg.model, critic=trunk, head=head, n_heads=n_heads).eval()
         self._sharded = accelerator.distributed_type == DistributedType.DEEPSPEED
         if self._sharded:
-            accelerator.state.deepspeed_plugin.deepspeed_config.update(
+            settings = accelerator.state.deepspeed_plugin.deepspeed_config
+            settings.update(
                 train_micro_batch_size_per_gpu=cfg.ppo.micro_batch_size,
                 train_batch_size=cfg.ppo.micro_batch_size * self.ranks.size,
                 gradient_clipping=cfg.optim.max_grad_norm,
             )
+            # It allocates a whole bucket for each micro-batch, by default of 2 GB and, where torch is deterministic,
+            # filled each time: never more than all gradients take.
+            from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+            zero = settings.setdefault("zero_optimization", {})
+            if (bucket := zero.get("reduce_bucket_size", DeepSpeedZeroConfig().reduce_bucket_size)) != "auto":
+                trained = sum(p.numel() for p in self.policy.parameters() if p.requires_grad)
+                zero["reduce_bucket_size"] = min(int(float(bucket)), trained)
         tied = engine_weights.is_tied(lm)
         self._engine, self._optimizer = accelerator.prepare(self.policy, self._adamw())
         if engine_weights.is_tied(lm) != tied:

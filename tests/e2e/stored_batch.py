@@ -4,11 +4,18 @@
 
 A case is a micro-batch size, epochs and mini-batches of the update, how the rows are shared out over the ranks, and
 `settings` of the configuration. With `updates`, so many of them; with `sgd`, by plain SGD, which keeps rounding small.
+
+Each case has a process group and an engine of its own, in a fork of this process: a second DeepSpeed engine breaks on
+buffers of the first, and to import all of it again takes longer than the case.
 """
 
+import importlib
 import json
 import os
+import socket
 import sys
+import time
+import traceback
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -136,51 +143,86 @@ class _Stirred:
         return self._accelerator.prepare(policy, optimizer)
 
 
-def main(out: Path, task: dict) -> None:
-    name, results = task["model"], []
+def run_case(name: str, case: dict, out: Path) -> None:
+    """Rank 0 writes its answer to `out`."""
     stop = tuple(range(30))  # many, so that lengths differ
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         shard_on_a_cpu()
+    cfg = configured(case)
     with ExitStack() as stack:
-        accelerator, ranks = learners.join(configured(task["cases"][0]), stack, print)
+        accelerator, ranks = learners.join(cfg, stack, print)
         if accelerator.distributed_type.value == "DEEPSPEED":
             # By default a parameter of less than 100 000 elements is never sharded: here, all of them.
             zero = accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
             zero["stage3_param_persistence_threshold"] = 0
-        for case in task["cases"]:
-            cfg = configured(case)
-            engine = TransformersEngine(
-                tiny_models.make_model(name),
-                stop,
-                temperature=1.0,
-                max_new_tokens=16,
-                filters=Filters(**cfg.rollout.filters) if cfg.rollout.filters else None,
-            )
-            trajectories = tiny_models.roll_out(engine, N)
-            bounds = [sum(case["shards"][:i]) for i in range(ranks.size + 1)] if ranks.size > 1 else [0, N]
-            mine = trajectories[bounds[ranks.index] : bounds[ranks.index + 1]]
-            ref = None if cfg.reference == "adapter" else tiny_models.make_model(name)
-            kind = _SGDLearner if case.get("sgd") else Learner
-            stir = _Stirred(accelerator, bool(case.get("settings")))
-            it = kind(cfg, stir, tiny_models.make_model(name), ref, ranks)
-            for _ in range(case.get("updates", 1)):
-                batch, before = it.annotate(TrainBatch.collate(mine, ["a"]))
-                rewards = batch.component_rewards["a"].float()
-                batch = batch.fill(token_rewards=rewards, normalized_rewards={"a": rewards})
-                batch = credit(cfg, batch, 0.02, ranks.sum, weights={"a": 1.0})
-                means = it.update(batch)
-            result = {"case": case, "means": before | means, "parameters": whole(it)}
-            result["gradients"] = {} if case.get("sgd") else gradients(it)
-            if case.get("export"):
-                exported = it.whole_policy().lm | it.export_weights()
-                result["whole_at_once"] = whole_at_once(it)
-                result["exported"] = {n: x.flatten().tolist() for n, x in exported.items()}
-            if case.get("reload"):
-                result["came_back"] = gone_and_back(it, out.with_name(f"state-{len(results)}"))
-            results.append(result)
+        engine = TransformersEngine(
+            tiny_models.make_model(name),
+            stop,
+            temperature=1.0,
+            max_new_tokens=16,
+            filters=Filters(**cfg.rollout.filters) if cfg.rollout.filters else None,
+        )
+        trajectories = tiny_models.roll_out(engine, N)
+        bounds = [sum(case["shards"][:i]) for i in range(ranks.size + 1)] if ranks.size > 1 else [0, N]
+        mine = trajectories[bounds[ranks.index] : bounds[ranks.index + 1]]
+        ref = None if cfg.reference == "adapter" else tiny_models.make_model(name)
+        kind = _SGDLearner if case.get("sgd") else Learner
+        stir = _Stirred(accelerator, bool(case.get("settings")))
+        it = kind(cfg, stir, tiny_models.make_model(name), ref, ranks)
+        for _ in range(case.get("updates", 1)):
+            batch, before = it.annotate(TrainBatch.collate(mine, ["a"]))
+            rewards = batch.component_rewards["a"].float()
+            batch = batch.fill(token_rewards=rewards, normalized_rewards={"a": rewards})
+            batch = credit(cfg, batch, 0.02, ranks.sum, weights={"a": 1.0})
+            means = it.update(batch)
+        result = {"case": case, "means": before | means, "parameters": whole(it)}
+        result["gradients"] = {} if case.get("sgd") else gradients(it)
+        if case.get("export"):
+            exported = it.whole_policy().lm | it.export_weights()
+            result["whole_at_once"] = whole_at_once(it)
+            result["exported"] = {n: x.flatten().tolist() for n, x in exported.items()}
+        if case.get("reload"):
+            result["came_back"] = gone_and_back(it, out.with_suffix(".state"))
         if ranks.is_main:
             kind = accelerator.distributed_type.value
-            out.write_text(json.dumps({"ranks": ranks.size, "engine": kind, "results": results}))
+            out.write_text(json.dumps({"ranks": ranks.size, "engine": kind, "result": result}))
+
+
+def meeting_port(rank: int, file: Path) -> str:
+    """A free port that rank 0 chose: the launcher's store keeps what an earlier group wrote, and cannot serve two."""
+    if rank == 0:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            file.with_suffix(".new").write_text(str(free.getsockname()[1]))
+        file.with_suffix(".new").rename(file)
+    deadline = time.monotonic() + 120
+    while not file.exists():
+        assert time.monotonic() < deadline, f"rank 0 did not write {file}"
+        time.sleep(0.02)
+    return file.read_text()
+
+
+def main(out: Path, task: dict) -> None:
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")  # which it would import in each fork
+    rank = cluster.launched()[0]
+    parts = [out.with_name(f"{out.stem}-{i}.json") for i in range(len(task["cases"]))]
+    for i, (case, part) in enumerate(zip(task["cases"], parts, strict=True)):
+        port = meeting_port(rank, part.with_suffix(".port"))
+        if (child := os.fork()) == 0:
+            os.environ |= {"MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": "False"}
+            try:
+                run_case(task["model"], case, part)
+                sys.exit(0)
+            except Exception:
+                traceback.print_exc()
+                sys.exit(1)
+        if status := os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]):
+            sys.exit(f"case {i} ended with {status}: {case}")
+    if rank == 0:
+        answers = [json.loads(part.read_text()) for part in parts]
+        results = [answer.pop("result") for answer in answers]
+        assert all(answer == answers[0] for answer in answers)
+        out.write_text(json.dumps(answers[0] | {"results": results}))
 
 
 if __name__ == "__main__":

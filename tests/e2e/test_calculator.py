@@ -38,7 +38,7 @@ def places(task: Path) -> dict[str, str]:
     return {key: str(task / name) for key, name in names.items()}
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.long(seconds=120))])
 def test_the_policy_learns_to_call_and_to_copy(seed, task, tmp_path):
     """Sums that no reward component tells: right answers come from right calls, and from results that are copied."""
     options = [word for key, value in places(task).items() for word in (f"--{key}", value)]

@@ -13,7 +13,7 @@ import pytest
 
 from cards_run import ROOT
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.slow, pytest.mark.long(seconds=400), pytest.mark.timeout(1500)]
 
 DEBOOTSTRAP_S = 400
 SUITE = "bookworm"

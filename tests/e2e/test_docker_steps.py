@@ -70,6 +70,7 @@ def rewards(tmp_path_factory) -> Image:
 
 
 @pytest.mark.slow
+@pytest.mark.long(seconds=240)
 def test_the_cpu_image_can_be_made_and_is_well(cpu):
     """The health check, the command and the demo's script as in a container."""
 
@@ -172,6 +173,7 @@ def scratch() -> Iterator[Path]:
 
 
 @pytest.mark.slow
+@pytest.mark.long(seconds=60)
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can mount a read-only root")
 def test_a_learner_and_its_server_run_as_compose_has_them(cpu, rewards, scratch):
     """Both services of docker/compose.yaml, on a read-only root without capabilities; the training is a short one."""

@@ -127,6 +127,14 @@ def shell(line: str, folder: Path) -> subprocess.CompletedProcess:
     )
 
 
+def parameter(command: Command) -> object:
+    """Benchmarks are tools of ours, and one installs another trainer: they come last."""
+    seconds = 200 if "ppo_vs_trl" in command.text else 60
+    benchmark = re.fullmatch(r"python benchmarks/\w+\.py.*", command.text)
+    marks = [pytest.mark.long(seconds=seconds)] if benchmark else []
+    return pytest.param(command, marks=marks, id=f"{command.page}: {command.text[:80]}")
+
+
 DONE: set[str] = set()  # lines that worked: commands that differ in size alone are shortened to one
 HERE = [c for c in documented.commands() if not any(re.fullmatch(pattern, c.text) for pattern in ELSEWHERE)]
 
@@ -140,7 +148,7 @@ def shortened(command: Command) -> str:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1000)  # the first run of a comparison installs what it is compared with
-@pytest.mark.parametrize("command", HERE, ids=lambda command: f"{command.page}: {command.text[:80]}")
+@pytest.mark.parametrize("command", [parameter(command) for command in HERE])
 def test_a_documented_command_works(command: Command, folder):
     line = shortened(command)
     if "report_screenshot" in line and browser.chromium() is None:

@@ -22,16 +22,21 @@ from cards_run import Run, same_numbers
 from core.config import load
 from launch import trained
 
-KILLS = 12  # one after each step
-STEPS = KILLS + 1
-# Step -> what its process is about to do when it is killed; each leaves another state behind. After the other steps it
-# is killed from outside, as soon as the row of the step is there.
-INSIDE = {
-    3: ("os.fsync", "/.step-3.new/learner/model.safetensors"),  # the engine's files are there, no manifest is
-    6: ("open", "/.step-6.new/manifest.json"),
-    9: ("os.rename", "/.step-9.new"),  # whole, but not under its name
-    12: ("os.rename", "/checkpoints/step-10"),  # it is the newest; the oldest is about to be deleted
-}
+STEPS = 13
+
+
+def inside(*steps: int) -> dict[int, tuple[str, str]]:
+    """Step -> what its process is about to do when it is killed; each leaves another state behind. After the other
+    steps it is killed from outside, as soon as the row of the step is there."""
+    a, b, c, d = steps
+    return {
+        a: ("os.fsync", f"/.step-{a}.new/learner/model.safetensors"),  # the engine's files are there, no manifest is
+        b: ("open", f"/.step-{b}.new/manifest.json"),
+        c: ("os.rename", f"/.step-{c}.new"),  # whole, but not under its name
+        d: ("os.rename", f"/checkpoints/step-{d - 2}"),  # it is the newest; the oldest is about to be deleted
+    }
+
+
 # As Python's site module starts it in every process of a run whose PYTHONPATH has its folder.
 SITECUSTOMIZE = """
 import os, signal, sys
@@ -118,22 +123,28 @@ def same(a: Any, b: Any) -> bool:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
+@pytest.mark.parametrize(
+    ("kills", "within"),
+    [(6, inside(3, 4, 5, 6)), pytest.param(12, inside(3, 6, 9, 12), marks=pytest.mark.long(seconds=700))],
+    ids=["6", "12"],
+)
 def test_killed_after_every_step_and_inside_checkpoints_a_run_ends_bit_for_bit_as_an_undisturbed_one(
-    task, tmp_path, monkeypatch
+    kills, within, task, tmp_path, monkeypatch
 ):
+    """Once after each of the first `kills` steps, or inside the checkpoint of it."""
     whole = start(task, tmp_path / "whole" / "r")
     assert whole.end(240) == 0, whole.words()
 
     folder = tmp_path / "broken" / "r"
-    for step in range(1, KILLS + 1):
-        if step in INSIDE:
+    for step in range(1, kills + 1):
+        if step in within:
             found = {p.name for p in (folder / "checkpoints").iterdir()}
             with monkeypatch.context() as patch:
-                patched(patch, tmp_path, *INSIDE[step])
+                patched(patch, tmp_path, *within[step])
                 run = start(task, folder)
                 assert run.end(240) == 3 and "died without a word" in run.words(), run.words()
             there = {p.name for p in (folder / "checkpoints").iterdir()}
-            last = f"step-{step}" if step == KILLS else f".step-{step}.new"
+            last = f"step-{step}" if step == kills else f".step-{step}.new"
             # Its forerunner may have been killed between a new checkpoint and the deletion of the oldest.
             undeleted = found & {f"step-{step - 3}"} if f"step-{step - 1}" in found else set()
             assert there == {f"step-{step - 2}", f"step-{step - 1}", last} | undeleted
@@ -144,7 +155,7 @@ def test_killed_after_every_step_and_inside_checkpoints_a_run_ends_bit_for_bit_a
 
     again = start(task, folder, "--run.resume", "must")
     assert again.end(240) == 0, again.words()
-    assert again.summary()["resumed_from"] == KILLS  # the checkpoint that it died behind counts
+    assert again.summary()["resumed_from"] == kills  # the checkpoint that it died behind counts
     assert {p.name for p in (folder / "checkpoints").iterdir()} == {f"step-{STEPS - 1}", f"step-{STEPS}"}
 
     same_numbers(again.rows(), whole.rows())

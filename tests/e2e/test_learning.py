@@ -18,7 +18,7 @@ from launch.weight_transport import ObjectStoreTransport
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(n, marks=pytest.mark.long(seconds=150)) for n in (1, 2))])
 def test_the_demo_learns_to_state_facts_and_to_stop(seed, tmp_path):
     """The command of the first screen."""
     place = checkout(tmp_path / "tokenppo")
@@ -59,6 +59,7 @@ def slot_errors(demo: Run) -> list[float]:
     return [row["eval/slot_error"] for row in demo.rows() if "eval/slot_error" in row]
 
 
+@pytest.mark.long(seconds=150)
 def test_shuffled_rewards_teach_nothing(tmp_path):
     file = ROOT / "tests" / "e2e" / "shuffled_rewards.py"
     fns = [word for c in ("consistency", "quality", "coverage") for word in (f"--rewards.{c}.fn", f"{file}:{c}")]

@@ -25,7 +25,7 @@ def stored_batch(folder: Path, engine: str, model: str, cases: list[dict], *, fi
     command += ["--config_file", str(file or FILES / f"{engine}.yaml"), "--num_cpu_threads_per_process", "1"]
     command += [str(Path(__file__).parent / "stored_batch.py"), str(out), json.dumps({"model": model, "cases": cases})]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stdout + done.stderr
     answer = json.loads(out.read_text())
     assert (answer["ranks"], answer["engine"]) == ENGINES[engine]
@@ -47,8 +47,7 @@ def test_one_stored_batch_under_every_engine(tmp_path, model):
     biggest = max(max(map(abs, values)) for values in want["gradients"].values())
     assert biggest > 0.05  # there is something to compare
     got += stored_batch(tmp_path, "ddp", model, cases)
-    for case in cases[1:3]:  # a second DeepSpeed engine in one process breaks on buffers of the first
-        got += stored_batch(tmp_path, "zero2", model, [case])
+    got += stored_batch(tmp_path, "zero2", model, cases[1:3])
     if model == "llama-tied":
         zero1 = tmp_path / "zero1.yaml"
         zero1.write_text((FILES / "zero2.yaml").read_text().replace("zero_stage: 2", "zero_stage: 1"))
@@ -137,7 +136,7 @@ def same_training(rows: list[dict], wanted: list[dict]) -> None:
         ("ddp", []),
         ("zero2", []),
         ("zero2", ["--model.dtype", "bfloat16"]),  # what model.dtype is where nobody says
-        ("ddp", ["--rollout.workers", "1"]),  # rank 1 is a guest of rank 0
+        pytest.param("ddp", ["--rollout.workers", "1"], marks=pytest.mark.long(seconds=70)),  # a guest of rank 0
         ("ddp", ["--num-processes", "3"]),  # six chunks over three ranks, two workers: a guest of rank 0 here too
         ("ddp", ["--rollout.chunk_size", "24"]),  # one chunk: rank 1 has no row in any step
     ],

@@ -19,6 +19,7 @@ def test_every_mutation_still_fits_the_code():
 
 
 @pytest.mark.slow
+@pytest.mark.long(seconds=400)
 @pytest.mark.timeout(1800)
 def test_every_mutation_is_caught():
     done = subprocess.run(

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -141,11 +142,17 @@ class Family:
         for process in processes:
             try:
                 self.lines.add(" ".join(process.cmdline()))
-                if begun.exists() and not self.told:
+                if begun.exists():
                     listening = [c.laddr for c in process.net_connections() if c.status == "LISTEN"]
                     ports |= {(" ".join(process.cmdline())[:200], at.port) for at in listening}
             except psutil.Error:
                 continue
+        # Each as soon as it listens, Ray's agent maybe long after the actors; at once, since some say nothing for long.
+        doors = {(f"{name} at {port}", path): port for name, port in ports for path in SUBMIT}
+        doors = {place: port for place, port in doors.items() if place not in self.knocks}
+        with ThreadPoolExecutor(16) as pool:
+            said = pool.map(lambda place: knock(doors[place], place[1]), doors)
+            self.knocks |= dict(zip(doors, said, strict=True))
         found = re.search(r"--gcs-address=(\S+:\d+)", "\n".join(self.lines))
         if self.told or not found or not ports:
             return
@@ -154,9 +161,6 @@ class Family:
             for name in TOLD:
                 self.told[name] = channel.unary_unary(GCS.format(name))(b"", timeout=30, metadata=bearer)
         self.strangers = ray_auth.lets_strangers_in(found[1])
-        for name, port in ports:
-            for path in SUBMIT:
-                self.knocks[f"{name} at {port}", path] = knock(port, path)
 
 
 def knock(port: int, path: str) -> int | None:

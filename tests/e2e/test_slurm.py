@@ -150,6 +150,7 @@ def test_it_saves_before_its_time_is_over_goes_on_and_ends_when_cancelled(slurm,
     assert last.step >= before and not last.damaged
 
 
+@pytest.mark.long(seconds=110)
 def test_nodes_for_rollouts_may_be_a_component_of_their_own(slurm, task, tmp_path):
     """A heterogeneous job, whose plan wants more of one kind of node than of the other."""
     number = submit(slurm, tmp_path, "--config", str(task / "config.yaml"), "--nodes", "2", "--cpus-per-node", "2",
