@@ -176,6 +176,7 @@ def run_case(name: str, case: dict, out: Path) -> None:
             batch = credit(cfg, batch, 0.02, ranks.sum, weights={"a": 1.0})
             means = it.update(batch)
         result = {"case": case, "means": before | means, "parameters": whole(it)}
+        result["bucket"] = getattr(it._optimizer.optimizer, "reduce_bucket_size", None)
         result["gradients"] = {} if case.get("sgd") else gradients(it)
         if case.get("export"):
             exported = it.whole_policy().lm | it.export_weights()

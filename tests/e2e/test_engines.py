@@ -85,6 +85,8 @@ def test_one_stored_batch_in_shards(by_one, tmp_path, engine, kinds):
     results = many.stored_batch(tmp_path, engine, "llama-tied", cases, file=engine_file(tmp_path, engine))
     for kind, got in zip(kinds, results, strict=True):
         compare(got, by_one[kind])
+        # What DeepSpeed allocates for each micro-batch; by default 2 GB.
+        assert got["bucket"] == (None if engine == "zero0" else sum(map(len, got["gradients"].values())))
 
 
 @pytest.mark.slow
