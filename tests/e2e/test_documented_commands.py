@@ -127,11 +127,16 @@ def shell(line: str, folder: Path) -> subprocess.CompletedProcess:
     )
 
 
+# Benchmarks are tools of ours, and one installs another trainer. What the others do, tests do with more around it:
+# test_many_learners.py, test_command.py, test_eval.py.
+LAST = (
+    r"python benchmarks/\w+\.py.*|accelerate launch .*|.* --accelerate zero2 .*|tokenppo eval .* --(samples|require) .*"
+)
+
+
 def parameter(command: Command) -> object:
-    """Benchmarks are tools of ours, and one installs another trainer: they come last."""
-    seconds = 200 if "ppo_vs_trl" in command.text else 60
-    benchmark = re.fullmatch(r"python benchmarks/\w+\.py.*", command.text)
-    marks = [pytest.mark.long(seconds=seconds)] if benchmark else []
+    seconds = 200 if "ppo_vs_trl" in command.text else 70
+    marks = [pytest.mark.long(seconds=seconds)] if re.fullmatch(LAST, command.text) else []
     return pytest.param(command, marks=marks, id=f"{command.page}: {command.text[:80]}")
 
 

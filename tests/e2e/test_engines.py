@@ -108,6 +108,7 @@ def test_one_stored_batch_under_fsdp2(by_one, tmp_path, sparing, kinds):
 
 
 @pytest.mark.slow
+@pytest.mark.long(seconds=100)
 def test_twenty_steps_end_at_the_same_parameters(tmp_path):
     """By SGD: the step is the gradient, so rounding stays rounding."""
     case = {
@@ -132,7 +133,8 @@ def train(task: Path, folder: Path, engine: str, *options: str) -> Run:  # noqa:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", [pytest.param("zero1", marks=pytest.mark.long(seconds=60)), "zero3_offload"])
+@pytest.mark.long(seconds=90)
+@pytest.mark.parametrize("engine", ["zero1", "zero3_offload"])
 def test_the_other_files_train_too(task, tmp_path, engine):  # noqa: F811
     """cpu, ddp and zero2 train in test_many_learners.py, zero3 below."""
     it = train(task, tmp_path / "r", engine, "--run.save_every", "100")
