@@ -63,6 +63,7 @@ def test_ctrl_c_ends_a_run_that_writes_ahead(tmp_path: Path):
     assert not alive
 
 
+@pytest.mark.long(seconds=90)
 def test_two_learners_write_ahead(tmp_path: Path):
     run = Run(tmp_path / "two", "--accelerate", "ddp", *OPTIONS)
     assert run.end() == 0, run.words()

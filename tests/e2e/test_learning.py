@@ -40,6 +40,7 @@ def test_the_demo_learns_to_state_facts_and_to_stop(seed, tmp_path):
     assert max(abs(row["staleness/mean"]) for row in rows) == 0
 
 
+@pytest.mark.long(seconds=120)
 def test_it_learns_from_filtered_samples_too(tmp_path):
     """Kept ids go from worker to reward server, which has the reference, and on to the learner. The run's checks are
     on: a log-prob over other ids anywhere would stop it."""

@@ -135,9 +135,11 @@ def same_training(rows: list[dict], wanted: list[dict]) -> None:
     [
         ("ddp", []),
         ("zero2", []),
-        ("zero2", ["--model.dtype", "bfloat16"]),  # what model.dtype is where nobody says
-        pytest.param("ddp", ["--rollout.workers", "1"], marks=pytest.mark.long(seconds=70)),  # a guest of rank 0
-        ("ddp", ["--num-processes", "3"]),  # six chunks over three ranks, two workers: a guest of rank 0 here too
+        # What model.dtype is where nobody says.
+        pytest.param("zero2", ["--model.dtype", "bfloat16"], marks=pytest.mark.long(seconds=90)),
+        ("ddp", ["--rollout.workers", "1"]),  # rank 1 is a guest of rank 0
+        # Six chunks over three ranks, two workers: a guest of rank 0 here too.
+        pytest.param("ddp", ["--num-processes", "3"], marks=pytest.mark.long(seconds=100)),
         ("ddp", ["--rollout.chunk_size", "24"]),  # one chunk: rank 1 has no row in any step
     ],
     ids=["ddp", "zero2", "zero2-bf16", "guest", "three", "empty"],

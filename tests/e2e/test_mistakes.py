@@ -431,7 +431,11 @@ def test_the_page_has_the_codes_of_the_code():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("fn", "words"),
-    [("raises", "out of coffee"), ("is_nan", "nan"), ("too_long", "9")],
+    [
+        ("raises", "out of coffee"),
+        pytest.param("is_nan", "nan", marks=pytest.mark.long(seconds=70)),
+        pytest.param("too_long", "9", marks=pytest.mark.long(seconds=70)),
+    ],
 )
 def test_a_reward_that_fails_while_it_runs_ends_with_4(fn, words, task):
     done = command(task, "train", "--config", "config.yaml", "--rewards.mine.fn", f"rewards.py:{fn}")

@@ -72,6 +72,7 @@ def test_another_number_of_workers_a_lost_one_and_a_killed_run_change_no_number(
     assert weights(run) == weights(undisturbed)
 
 
+@pytest.mark.long(seconds=90)
 def test_rounds_are_written_ahead_and_a_run_of_two_learners_goes_on_with_one(tmp_path: Path):
     """Two ranks write one step ahead; between two rounds newer weights come in. Killed, one rank goes on with all."""
     start = functools.partial(Run, tmp_path / NAME, *OPTIONS, "--rollout.max_staleness", "1")

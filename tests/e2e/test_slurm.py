@@ -92,6 +92,7 @@ def words(cwd: Path) -> str:
     return "".join(f"== {file.name}\n{file.read_text(errors='replace')}" for file in sorted(cwd.glob("*.log")))
 
 
+@pytest.mark.long(seconds=220)
 def test_two_jobs_train_on_both_nodes_at_once_and_leave_no_process(slurm, task, tmp_path):
     """The cards task and another, on the same two nodes: no port, folder or token of one is in the way of the other."""
     cards = ["--config", str(ROOT / "configs" / "cards.yaml"), "--run.name", "one"]

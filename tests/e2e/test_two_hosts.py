@@ -109,6 +109,7 @@ def test_numbers_are_those_of_an_undisturbed_run_whether_the_cable_is_cut_for_a_
     same_numbers(quiet.rows(), run.rows())
 
 
+@pytest.mark.long(seconds=120)
 def test_a_run_that_may_lose_no_worker_ends_by_the_name_of_the_node_that_it_lost(hosts, task, tmp_path):
     hosts.mend()
     hosts.remove_node()

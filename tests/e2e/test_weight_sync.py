@@ -248,6 +248,7 @@ run: {steps: 3, save_every: 3, deterministic: true}
     return folder
 
 
+@pytest.mark.long(seconds=180)
 def test_a_run_is_the_same_by_broadcast_and_by_object_store(task, tmp_path):
     """Bit for bit, with two learner processes, each of which drives a worker."""
     runs = []
