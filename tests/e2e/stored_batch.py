@@ -208,7 +208,9 @@ def main(out: Path, task: dict) -> None:
     rank = cluster.launched()[0]
     parts = [out.with_name(f"{out.stem}-{i}.json") for i in range(len(task["cases"]))]
     for i, (case, part) in enumerate(zip(task["cases"], parts, strict=True)):
-        port = meeting_port(rank, part.with_suffix(".port"))
+        port = meeting_port(
+            rank, part.with_suffix(f".port-{os.getppid()}")
+        )  # of this launch: its ranks have one parent
         if (child := os.fork()) == 0:
             os.environ |= {"MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": "False"}
             try:
