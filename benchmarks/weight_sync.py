@@ -82,13 +82,15 @@ class Stub:
     def use_weights(self) -> None:
         """They are."""
 
-    def generate(self, requests: list[PromptRequest], begun: object = None, most: object = None) -> list[Generation]:
+    def stream(
+        self, requests: list[PromptRequest], begun: object = None, most: object = None
+    ) -> Iterator[tuple[int, Generation]]:
         one = Generation(
             response_ids=np.array([1]),
             logprobs=self.logprobs(PROBE.prompt_ids, PROBE.response_ids)[0],
             finish_reason="length",
         )
-        return [one] * len(requests)
+        yield from enumerate([one] * len(requests))
 
     def step(self, number: int) -> None:
         for i, x in enumerate(self.tensors.values()):

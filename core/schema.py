@@ -183,6 +183,9 @@ class RolloutConfig(Section):
     """A response also ends with the token that completes one of these in its text; the token stays in the response."""
     chunk_size: int = Field(32, ge=1)
     """Responses written together by one worker. Chunks are cut by prompt number, never by worker."""
+    stream_size: int | None = Field(None, ge=1)
+    """Responses that a worker hands to the rewards as soon as so many of its chunk are over, with all samples of their
+    prompts in it, while it writes the others. null: the whole chunk at once."""
     max_staleness: int = Field(0, ge=0)
     """Batches that are written ahead while the learner works: that of step s comes of the policy after step
     s - 1 - max_staleness at the oldest, and PPO's ratio is against that policy. 0: strictly on-policy."""
@@ -271,6 +274,9 @@ class RolloutConfig(Section):
         if self.environment is not None and self.environment_timeout_s >= self.timeout_s:
             remedy = f"must be less than rollout.timeout_s = {self.timeout_s:g}, the deadline of a whole chunk"
             refuse("environment_timeout_s", self.environment_timeout_s, remedy)
+        if self.stream_size is not None and self.stream_size >= self.chunk_size:
+            remedy = f"does nothing: a worker has rollout.chunk_size = {self.chunk_size} at a time"
+            refuse("stream_size", self.stream_size, f"{remedy}; give less, or leave it out")
         if self.in_rounds:
             if self.round_tokens >= self.max_new_tokens:
                 remedy = f"does nothing: no response is longer than rollout.max_new_tokens = {self.max_new_tokens}"
@@ -278,6 +284,9 @@ class RolloutConfig(Section):
             if self.environment is not None:
                 remedy = "what an environment holds of a response does not outlive a round (rollout.environment)"
                 refuse("round_tokens", self.round_tokens, f"{remedy}; take one of the two away")
+            if self.stream_size is not None:
+                remedy = "does nothing with rollout.round_tokens: what is over is handed on at the end of a round"
+                refuse("stream_size", self.stream_size, f"{remedy}; take one of the two away")
         elif self.extra_prompts:
             refuse("extra_prompts", self.extra_prompts, "does nothing without rollout.round_tokens; set that too")
         return self

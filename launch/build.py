@@ -258,7 +258,8 @@ def rollouts(
     share = share or shares(cfg)
     group = _group(cfg, tokenizer, device, note, share.workers, seats) if share.workers else None
     ahead, plan = cfg.rollout.max_staleness > 0, round_plan(cfg, share)
-    return Rollouts(share, group, exchange, cfg.resources.collective_timeout_s, ahead=ahead, plan=plan)
+    timeout_s, at_least = cfg.resources.collective_timeout_s, cfg.rollout.stream_size
+    return Rollouts(share, group, exchange, timeout_s, ahead=ahead, plan=plan, at_least=at_least)
 
 
 def environment_spec(cfg: Config) -> EnvironmentSpec | None:

@@ -1,17 +1,18 @@
 """RolloutGroup: the driver's side of the rollout workers. Deals out chunks, replaces workers that die or hang.
 
     driver (one thread)                               worker i (one call at a time)
-      generate(chunks)  --chunk-->                      generate            -> refs; what is not over, as a receipt
+      generate(chunks)  --chunk-->                      generate            -> part by part: refs, and a receipt
       wait: any receipt, or the nearest deadline  <---  (dies, hangs, answers)
-      yield refs of the chunk that is ready             next chunk
+      yield refs of a part that is ready                the rest of it, then the next chunk
       open_update, stage --manifest, buckets-->         begin, receive*            (while buckets are still made)
       update_weights --digests, probe-->                commit -> WeightAck
 
 What waits here waits for a receipt or an acknowledgement, with a deadline of `timeout_s`; a worker that misses it is
-killed, replaced and its chunk dealt out again with attempt + 1. Ray retries nothing by itself: a retried call could run
-twice unseen. A replacement gets the latest weights before its first chunk. `close` kills all workers.
+killed, replaced and what is missing of its chunk dealt out again with attempt + 1. Ray retries nothing by itself: a
+retried call could run twice unseen. A replacement gets the latest weights before its first chunk. `close` kills all
+workers.
 
-A chunk is finished when its trajectories lie on the driver's node: until then its worker's node may take them with it.
+A part is finished when its trajectories lie on the driver's node: until then its worker's node may take them with it.
 A worker that no node may have waits for one that joins; if all of them do, for `timeout_s`. One whose node was lost
 moves, between two calls of `generate`, to a node that joined later.
 """
@@ -54,22 +55,40 @@ class _Slot:
     index: int
     incarnation: int = -1
     actor: Any = None
-    receipt: Any = None  # ObjectRef of what it is doing now: starting (until `ready`) or writing `chunk`
+    receipt: Any = None  # ObjectRef of the end of what it is doing now: starting (until `ready`), or a part of `chunk`
     ready: bool = False
-    chunk: list[PromptRequest] = field(default_factory=list)
+    chunk: dict[int, PromptRequest] = field(default_factory=dict)  # what is missing of it, by place
     number: int = -1  # of that chunk in the call of `generate`
-    result: Any = None  # ObjectRef of the trajectories it is writing
-    coming: list[Any] = field(default_factory=list)  # of receipt and result, what is not on this node yet
+    parts: Any = None  # ObjectRefGenerator of results and receipts, in turn
+    result: Any = None  # ObjectRef of the trajectories of a part
+    coming: list[Any] = field(default_factory=list)  # what is not on this node yet: `parts`, or result and receipt
     deadline: float = 0.0
     lost: str = ""  # of the worker before this one: which, where, when
 
-    def expect(self, receipt: Any, timeout_s: float, result: Any = None) -> None:
-        self.receipt, self.result, self.deadline = receipt, result, time.monotonic() + timeout_s
-        self.coming = [receipt] if result is None else [receipt, result]
+    def expect(self, receipt: Any, timeout_s: float) -> None:
+        self.receipt, self.coming, self.deadline = receipt, [receipt], time.monotonic() + timeout_s
+
+    def expect_parts(self, parts: Any, timeout_s: float) -> None:
+        self.parts, self.coming, self.deadline = parts, [parts], time.monotonic() + timeout_s
+
+    def arrived(self, news: list[Any]) -> None:
+        """Of what is coming, `news` is there."""
+        if self.parts in self.coming and self.parts in news:
+            try:
+                ref = next(self.parts)
+            except StopIteration:  # the last one was an error
+                self.receipt, self.coming = self.result, []
+                return
+            if self.result is None:
+                self.result = ref
+            else:
+                self.receipt, self.coming = ref, [self.result, ref]
+            return
+        self.coming = [x for x in self.coming if x not in news]
 
     def vacate(self) -> None:
-        self.actor = self.receipt = self.result = None
-        self.ready, self.chunk, self.coming = False, [], []
+        self.actor = self.receipt = self.result = self.parts = None
+        self.ready, self.chunk, self.coming = False, {}, []
 
     @property
     def name(self) -> str:
@@ -126,11 +145,13 @@ class RolloutGroup:
         chunks: list[list[PromptRequest]],
         begun: Mapping[str, Trajectory | None] | None = None,
         most: int | None = None,
+        at_least: int | None = None,
     ) -> Iterator[tuple[int, Any, list[Trajectory]]]:
-        """Yield (place in `chunks`, ObjectRef of list[Trajectory], unfinished ones) of each as it is finished. Only the
-        unfinished are fetched; without `most` there are none, and the workers rest at the end.
+        """Yield (place in `chunks`, ObjectRef of list[Trajectory], unfinished ones) of each part as it is finished.
+        Only the unfinished are fetched; without `most` there are none, and the workers rest at the end. Without
+        `at_least` a part is a whole chunk.
 
-        `begun`, by sample uid, and `most`: as RolloutWorker.generate has them.
+        `begun`, by sample uid, `most` and `at_least`: as RolloutWorker.generate has them.
         """
         for slot in self._slots:
             if slot.ready and self._moves(slot.index):
@@ -143,8 +164,8 @@ class RolloutGroup:
             self._fill()
             for slot in self._slots:
                 if todo and slot.ready and not slot.chunk:
-                    self._assign(slot, *todo.popleft(), begun or {}, most)
-            if busy := [slot for slot in self._slots if slot.receipt is not None]:
+                    self._assign(slot, *todo.popleft(), begun or {}, most, at_least)
+            if busy := [slot for slot in self._slots if slot.coming]:
                 yield from self._await_any(busy, todo)
         if most is None:
             self.let_rest()
@@ -266,30 +287,29 @@ class RolloutGroup:
         chunk: list[PromptRequest],
         begun: Mapping[str, Trajectory | None],
         most: int | None,
+        at_least: int | None,
     ) -> None:
-        slot.number, slot.chunk = number, chunk
+        slot.number, slot.chunk = number, dict(enumerate(chunk))
         starts = [begun.get(request.sample_uid) for request in chunk] if begun else None
-        result, receipt = slot.actor.generate.options(num_returns=2).remote(chunk, starts, most)
-        slot.expect(receipt, self._timeout_s, result)
+        write = slot.actor.generate.options(num_returns="streaming")
+        slot.expect_parts(write.remote(chunk, starts, most, at_least), self._timeout_s)
 
     def _await_any(self, slots: list[_Slot], todo: deque | None = None) -> list[tuple[int, Any, list[Trajectory]]]:
-        """Wait until one of the slots has news or a deadline passes; returns what `generate` yields of chunks that
-        are done."""
+        """Wait until one of the slots has news or a deadline passes; returns what `generate` yields of parts that are
+        finished."""
         timeout = max(0.0, min(slot.deadline for slot in slots) - time.monotonic())
-        done, _ = ray.wait([ref for slot in slots for ref in slot.coming], num_returns=1, timeout=timeout)
+        news, _ = ray.wait([ref for slot in slots for ref in slot.coming], num_returns=1, timeout=timeout)
         finished = []
         for slot in slots:
-            slot.coming = [ref for ref in slot.coming if ref not in done]
+            slot.arrived(news)
             overdue = time.monotonic() >= slot.deadline
             if slot.coming and not overdue:
                 continue
             try:
-                # What was written too, though it is for others: if its node took it along, this is where that shows.
-                parts = [slot.receipt] if slot.result is None else [slot.receipt, slot.result]
-                answer = ray.get(parts, timeout=0 if slot.coming else LOCAL_S)[0]
+                answer = self._answer(slot)
             except LOST as error:
                 if slot.chunk:
-                    retry = [replace(request, attempt=request.attempt + 1) for request in slot.chunk]
+                    retry = [replace(request, attempt=request.attempt + 1) for request in slot.chunk.values()]
                     self.counters["prompts_redispatched"] += len(retry)
                     todo.appendleft((slot.number, retry))
                 doing = "wrote" if slot.chunk else "freed its device" if slot.ready else "started"
@@ -299,13 +319,24 @@ class RolloutGroup:
                 raise self._cause(error, slot) from None
             slot.receipt = None
             if slot.chunk:
-                finished.append((slot.number, slot.result, answer))
-                slot.chunk, slot.result = [], None
+                finished.append((slot.number, slot.result, answer.unfinished))
+                for place in answer.places:
+                    del slot.chunk[place]
+                slot.result, slot.coming = None, [slot.parts] if slot.chunk else []
             elif not slot.ready:
                 if isinstance(answer, WeightAck):
                     self._latest.verify(answer)
                 self._welcome(slot, answer.pid)
         return finished
+
+    @staticmethod
+    def _answer(slot: _Slot) -> Any:
+        """What the receipt of a slot holds. Raises what Ray raises, GetTimeoutError where it has not come."""
+        if slot.receipt is None:
+            raise GetTimeoutError(f"{slot.name} handed on no part of its chunk within its deadline")
+        # What was written too, though it is for others: if its node took it along, this is where that shows.
+        both = [slot.receipt] if slot.result is None else [slot.receipt, slot.result]
+        return ray.get(both, timeout=0 if slot.coming else LOCAL_S)[0]
 
     def _welcome(self, slot: _Slot, pid: int) -> None:
         slot.ready = True

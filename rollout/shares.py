@@ -21,6 +21,8 @@ from rollout.group import RolloutGroup, WeightUpdate
 from rollout.in_order import InOrder
 from rollout.rounds import RoundPlan
 
+END = "end"  # to a guest: of what it asked for nothing more will come
+
 
 @dataclass(frozen=True)
 class Shares:
@@ -80,18 +82,20 @@ class Rollouts:
         *,
         ahead: bool = False,
         plan: RoundPlan | None = None,
+        at_least: int | None = None,
     ) -> None:
         """
         Args:
             plan: of batches that are written in rounds; with it every rank drives workers of its own.
             group: the workers that this rank drives; None for a guest.
             exchange: None where there are neither guests nor hosts.
-            timeout_s: longest wait of a guest for its next chunk.
+            timeout_s: longest wait of a guest for its next part of a chunk.
+            at_least: of a chunk that is written whole, as RolloutWorker.generate has it.
         """
         self._shares, self._group, self._exchange, self._timeout_s = shares, group, exchange, timeout_s
         self.counters: Counter[str] = group.counters if group is not None else Counter()
         self._in_order = InOrder(in_background=ahead)
-        self._ahead = ahead
+        self._ahead, self._at_least = ahead, at_least
         self._plan, self._under_way = plan, UnderWay()  # the latter is that of the calls in order
 
     @property
@@ -146,8 +150,8 @@ class Rollouts:
         return self._shares.of_rank(requests)
 
     def start(self, requests: list[PromptRequest], submit: Callable[[Iterator[Any]], list[Any]]) -> Future:
-        """Have the responses written, and each chunk of this rank (an ObjectRef of list[Trajectory]) given to `submit`
-        when it is finished. The Future of what `submit` gave, and of the seconds that it took."""
+        """Have the responses written, and each part of this rank's chunks (an ObjectRef of list[Trajectory]) given to
+        `submit` when it is finished. The Future of what `submit` gave, and of the seconds that it took."""
 
         def write() -> tuple[list[Any], float]:
             began = time.perf_counter()
@@ -193,8 +197,7 @@ class Rollouts:
     def _generate(self, requests: list[PromptRequest]) -> Iterator[Any]:
         shares = self._shares
         if self._group is None:
-            for _ in shares.chunks(requests, shares.rank):
-                item = self._exchange.take(("chunks", shares.rank), self._timeout_s)
+            while (item := self._exchange.take(("chunks", shares.rank), self._timeout_s)) != [END]:
                 if not item:
                     raise ProcessFault(f"learner rank {shares.host}, whose workers write for this one, failed")
                 yield item[0]
@@ -204,12 +207,14 @@ class Rollouts:
         longest = max(len(queue) for queue in queues.values())
         todo = [(rank, queue[i]) for i in range(longest) for rank, queue in queues.items() if i < len(queue)]
         with self._told_to_guests():
-            for number, chunk, _ in self._group.generate([chunk for _, chunk in todo]):
+            for number, part, _ in self._group.generate([chunk for _, chunk in todo], at_least=self._at_least):
                 rank = todo[number][0]
                 if rank == shares.rank:
-                    yield chunk
+                    yield part
                 else:
-                    self._exchange.post(("chunks", rank), [chunk])
+                    self._exchange.post(("chunks", rank), [part])
+            for guest in shares.guests:
+                self._exchange.post(("chunks", guest), [END])
 
     @contextmanager
     def _told_to_guests(self) -> Iterator[None]:

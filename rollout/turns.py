@@ -9,6 +9,7 @@ tokenised by itself, and what is there already is never tokenised again. Which i
 prompt, seed, ordinal, k) and of the environment, not of who else is written beside it.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,12 +47,17 @@ class Turns:
         if self._spec is not None and self._environment is None:
             self._environment = EnvironmentProcess(self._spec)
 
-    def write(
-        self, requests: list[PromptRequest], begun: list[Begun | None] | None = None, most: int | None = None
-    ) -> list[Written]:
-        """One response to each request, in order. Raises EnvironmentFault, which names the sample.
+    def write(self, requests: list[PromptRequest]) -> list[Written]:
+        """What `stream` gives, in the order of the requests."""
+        return [written for _, written in sorted(self.stream(requests), key=lambda pair: pair[0])]
 
-        `begun`, `most`: as Engine.generate has them, where there is no environment: what that has seen of a response
+    def stream(
+        self, requests: list[PromptRequest], begun: list[Begun | None] | None = None, most: int | None = None
+    ) -> Iterator[tuple[int, Written]]:
+        """One response to each request, with its place among them, as soon as there is no more to come of it. Raises
+        EnvironmentFault, which names the sample.
+
+        `begun`, `most`: as Engine.stream has them, where there is no environment: what that has seen of a response
         does not outlive a call.
 
         The environment is asked after each turn that ended by a stop token, but for the last of `max_turns`. An
@@ -61,15 +67,14 @@ class Turns:
         assert self._spec is None or (begun is None and most is None), "responses with an environment are written whole"
         self.start()
         max_turns = 1 if self._spec is None else self._spec.max_turns
-        written: dict[int, Written] = {}
         begun = [None] * len(requests) if begun is None else list(begun)
         masks = [np.ones(0 if start is None else len(start.response_ids), dtype=bool) for start in begun]
         said: list[list[str]] = [[] for _ in requests]  # the turns of each response
         alive = list(range(len(requests)))
         for turn in range(1, max_turns + 1):
             going_on: list[int] = []
-            generations = self._engine.generate([requests[i] for i in alive], [begun[i] for i in alive], most)
-            for i, g in zip(alive, generations, strict=True):
+            for n, g in self._engine.stream([requests[i] for i in alive], [begun[i] for i in alive], most):
+                i = alive[n]
                 start = len(masks[i])
                 masks[i] = np.append(masks[i], np.ones(len(g.response_ids) - start, dtype=bool))
                 observation, reason = None, g.finish_reason
@@ -77,7 +82,7 @@ class Turns:
                     said[i].append(self._text_from(g.response_ids, start))
                     observation, reason = self._observe(requests[i], said[i], len(g.response_ids))
                 if observation is None:
-                    written[i] = self._written(g, masks[i], reason)
+                    yield i, self._written(g, masks[i], reason)
                     continue
                 none = np.zeros(len(observation), dtype=np.float32)
                 masks[i] = np.append(masks[i], none.astype(bool))
@@ -88,9 +93,8 @@ class Turns:
                     turn=len(g.response_ids) + len(observation),
                 )
                 going_on.append(i)
-            if not (alive := going_on):
+            if not (alive := sorted(going_on)):
                 break
-        return [written[i] for i in range(len(requests))]
 
     def _observe(
         self, request: PromptRequest, turns: list[str], n_tokens: int

@@ -2,7 +2,8 @@
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,14 @@ class WorkerReady:
     """The answer of a worker that has loaded its model and got no weights yet."""
 
     pid: int
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """Of a part of a chunk."""
+
+    places: list[int]  # in the chunk, of all responses of this part
+    unfinished: list[Trajectory]  # those of them that are to be gone on with
 
 
 class RolloutWorker:
@@ -58,34 +67,39 @@ class RolloutWorker:
         requests: list[PromptRequest],
         begun: list[Trajectory | None] | None = None,
         most: int | None = None,
-    ) -> tuple[list[Trajectory], list[Trajectory]]:
-        """Write one response to each request. Returns those that are over and, apart, those that are not, which have
-        no finish_reason. Raises EnvironmentFault.
+        at_least: int | None = None,
+    ) -> Iterator[list[Trajectory] | Receipt]:
+        """Write one response to each request. Yields, in turn, responses that are over, and the receipt of them; what
+        `most` leaves unfinished is in the last receipt. Raises EnvironmentFault.
 
         `begun`: what each response holds already, as an earlier call returned it, or None; its tokens keep the version
-        that wrote them. `most`: more tokens that each gets now; None: all, to its end.
+        that wrote them. `most`: more tokens that each gets now; None: all, to its end. `at_least`: hand on what is over
+        as soon as it is so many responses, to prompts all of whose samples here are over; None: all at the end. Which
+        these are is decided by the responses, by no clock.
 
-        Two return values (num_returns=2): the group reads the second to learn that the call ended well, and what is to
-        be gone on with; what is over goes from here straight to the reward server.
+        Two values each time: the group reads the second, what is over goes from here straight to the reward server.
         """
         starts = None if begun is None else [None if t is None else _begun(t) for t in begun]
         before = [() if t is None else t.policy_version for t in begun or [None] * len(requests)]
-        trajectories = [
-            Trajectory(
-                request=request,
+        missing = Counter(request.ordinal for request in requests)  # samples of each prompt that are not over
+        over: dict[int, Trajectory] = {}  # by place, not handed on yet
+        for place, written in self._turns.stream(requests, starts, most):
+            over[place] = Trajectory(
+                request=requests[place],
                 response_ids=written.response_ids,
                 rollout_logprobs=written.logprobs,
                 action_mask=written.action_mask,
                 token_offsets=written.token_offsets,
-                policy_version=self._versions(old, len(written.response_ids)),
+                policy_version=self._versions(before[place], len(written.response_ids)),
                 finish_reason=written.finish_reason,
                 finished_at=time.time(),
                 kept=written.kept,
             )
-            for request, old, written in zip(requests, before, self._turns.write(requests, starts, most), strict=True)
-        ]
-        over = [t for t in trajectories if t.finish_reason is not None]
-        return over, [t for t in trajectories if t.finish_reason is None]
+            missing[requests[place].ordinal] -= 1
+            whole = [i for i, t in over.items() if not missing[t.request.ordinal]]
+            if at_least is not None and len(whole) >= at_least and missing.total():
+                yield from _handed_on({i: over.pop(i) for i in sorted(whole)})
+        yield from _handed_on(dict(sorted(over.items())))
 
     def _versions(self, before: Sequence[int], n: int) -> np.ndarray:
         """[n] of the weights that wrote each token: the first ones were there `before`."""
@@ -153,6 +167,12 @@ class RolloutWorker:
     @property
     def _device(self) -> torch.device:
         return next(iter(self._engine.live_tensors().values())).device
+
+
+def _handed_on(part: dict[int, Trajectory]) -> Iterator[list[Trajectory] | Receipt]:
+    """Both values of a part: responses by their places."""
+    yield [t for t in part.values() if t.finish_reason is not None]
+    yield Receipt([*part], [t for t in part.values() if t.finish_reason is None])
 
 
 def _begun(t: Trajectory) -> Begun:

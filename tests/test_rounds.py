@@ -361,10 +361,16 @@ def test_a_worker_goes_on_under_new_weights_and_tokens_keep_the_version_that_wro
     engines = [TransformersEngine(m, (0, 7), temperature=1.0, max_new_tokens=12, filters=filters) for m in models]
     worker = RolloutWorker("w", lambda: engines[0], tiny_models.make_tokenizer, threads=1, deterministic=False)
     asked = tiny_models.make_requests(6)
-    over, left = worker.generate(asked, None, 3)
+
+    def written(asked: list, begun: list | None = None, most: int | None = None) -> tuple[list, list]:
+        over, receipt = worker.generate(asked, begun, most)
+        assert receipt.places == [*range(len(asked))]
+        return over, receipt.unfinished
+
+    over, left = written(asked, None, 3)
     uids = [t.request.sample_uid for t in left]
     assert len(over) + len(left) == 6 and len(left) > 2 and all(len(t) == 3 for t in left)
-    _, left = worker.generate([t.request for t in left], left, 2)
+    _, left = written([t.request for t in left], left, 2)
     manifest, buckets, digests = packed(named_tensors(engines[1].model), 4)
     worker.begin_update(manifest)
     for index, pieces in enumerate(buckets):
@@ -372,7 +378,7 @@ def test_a_worker_goes_on_under_new_weights_and_tokens_keep_the_version_that_wro
     worker.commit_update(Probe(prompt_ids=np.array([[1, 2]]), response_ids=np.array([[3]])), digests)
     begun = [Begun(response_ids=t.response_ids, logprobs=t.rollout_logprobs, kept=t.kept) for t in left]
     want = engines[1].generate([t.request for t in left], begun)
-    over, none = worker.generate([t.request for t in left], left)
+    over, none = written([t.request for t in left], left)
     assert none == [] and {t.request.sample_uid for t in over} <= {*uids} and len(over) > 2
     for t, g in zip(over, want, strict=True):
         assert t.response_ids.tolist() == g.response_ids.tolist() and t.finish_reason == g.finish_reason
@@ -389,6 +395,7 @@ def test_a_worker_goes_on_under_new_weights_and_tokens_keep_the_version_that_wro
         ({"round_tokens": None}, "rollout.extra_prompts = 7: does nothing without rollout.round_tokens"),
         ({"round_tokens": 40}, "rollout.round_tokens = 40: does nothing: no response is longer than"),
         ({"extra_prompts": 13}, "rollout.extra_prompts = 13: is more than the 12 prompts of a step"),
+        ({"stream_size": 2}, "rollout.stream_size = 2: does nothing with rollout.round_tokens"),
         ({"environment": "t.py:Tool"}, "rollout.round_tokens = 8: what an environment holds of a response"),
     ],
 )

@@ -1,5 +1,6 @@
 """What a rollout worker needs of an engine. transformers_engine.py has the embedded one, vllm_engine.py vLLM."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -28,10 +29,11 @@ class Begun:
 
 
 class Engine(Protocol):
-    def generate(
+    def stream(
         self, requests: list[PromptRequest], begun: list[Begun | None] | None = None, most: int | None = None
-    ) -> list[Generation]:
-        """One response to each request, in order; the ids are a function of (weights, prompt, seed, ordinal, k).
+    ) -> Iterator[tuple[int, Generation]]:
+        """One response to each request, with its place among them, as soon as the engine knows it; the ids are a
+        function of (weights, prompt, seed, ordinal, k). Nothing else may be asked of the engine until the last one.
 
         `begun`: for each request what its response starts with, or None; it counts towards the longest response, and
         token t is decided by random number t whoever wrote those before it. The answer holds the whole response.

@@ -130,18 +130,21 @@ class _Responses:
             for row, kept in zip(request.tolist(), sets, strict=True):
                 self.kept[row].append(kept)
 
-    def generations(self) -> list[Generation]:
-        steps = self.ids.shape[1]
-        ids, logprobs = self.ids.cpu().numpy(), self.logprobs.cpu().numpy()
-        return [
-            Generation(
-                response_ids=ids[i, :length].copy(),
-                logprobs=logprobs[i, :length].copy(),
-                finish_reason="stop" if stop else "length" if length == steps else None,
-                kept=None if self.kept is None else KeptTokens.of(self.kept[i]),
+    def generations(self, ended: Tensor) -> Iterator[tuple[int, Generation]]:
+        """Of the requests `ended` [E], with their numbers, by these."""
+        ended, steps = ended.sort().values, self.ids.shape[1]
+        ids, logprobs = self.ids[ended].cpu().numpy(), self.logprobs[ended].cpu().numpy()
+        rows = (ended.tolist(), self.lengths[ended].tolist(), self.stopped[ended].tolist())
+        for row, (i, length, stop) in enumerate(zip(*rows, strict=True)):
+            yield (
+                i,
+                Generation(
+                    response_ids=ids[row, :length].copy(),
+                    logprobs=logprobs[row, :length].copy(),
+                    finish_reason="stop" if stop else "length" if length == steps else None,
+                    kept=None if self.kept is None else KeptTokens.of(self.kept[i]),
+                ),
             )
-            for i, (length, stop) in enumerate(zip(self.lengths.tolist(), self.stopped.tolist(), strict=True))
-        ]
 
 
 class TransformersEngine:
@@ -211,10 +214,16 @@ class TransformersEngine:
         logits = self.model(input_ids=ids, use_cache=False).logits[:, -n - 1 : -1]
         return logprobs_from_logits(logits, ids[:, -n:], self.temperature).float().cpu().numpy()
 
-    @torch.inference_mode()
     def generate(
         self, requests: list[PromptRequest], begun: list[Begun | None] | None = None, most: int | None = None
     ) -> list[Generation]:
+        """What `stream` gives, in the order of the requests."""
+        return [generation for _, generation in sorted(self.stream(requests, begun, most), key=lambda pair: pair[0])]
+
+    @torch.inference_mode()
+    def stream(
+        self, requests: list[PromptRequest], begun: list[Begun | None] | None = None, most: int | None = None
+    ) -> Iterator[tuple[int, Generation]]:
         begun, filtered = begun or [None] * len(requests), self.filters is not None
         responses = _Responses.of(requests, begun, self.max_new_tokens, self.device, filtered=filtered, most=most)
         texts = [  # that are read before the first token is written
@@ -224,14 +233,16 @@ class TransformersEngine:
         if self.in_slots:
             longest = max(len(request.prompt_ids) for request in requests)
             with self._attention_over_slots():
-                self._write_in_slots(texts, longest + self.max_new_tokens, responses)
+                for ended in self._write_in_slots(texts, longest + self.max_new_tokens, responses):
+                    yield from responses.generations(ended)
         else:
-            self._write_side_by_side(texts, responses)
-        return responses.generations()
+            for ended in self._write_side_by_side(texts, responses):
+                yield from responses.generations(ended)
 
     # ------------------------------------------------------------------------------------------------------- in slots
 
-    def _write_in_slots(self, texts: list[np.ndarray], room: int, out: _Responses) -> None:
+    def _write_in_slots(self, texts: list[np.ndarray], room: int, out: _Responses) -> Iterator[Tensor]:
+        """Yields the requests that have ended after a token, [E]."""
         n_slots = min(self.slots, len(texts))
         slots = self._make_room(n_slots, room)
         # Of each slot in use, the first B: its request, the number of tokens written, its last token and its place.
@@ -257,6 +268,7 @@ class TransformersEngine:
             if not bool(ended.any()):
                 continue
             out.lengths[request[ended]], out.stopped[request[ended]] = written[ended], stopped[ended]
+            yield request[ended]
             # The slots in use stay the first ones: those behind move into the places of those that have ended.
             left = int((~ended).sum())
             gaps, movers = ended[:left].nonzero().squeeze(-1), left + (~ended[left:]).nonzero().squeeze(-1)
@@ -347,7 +359,8 @@ class TransformersEngine:
 
     # --------------------------------------------------------------------------------------------------- side by side
 
-    def _write_side_by_side(self, texts: list[np.ndarray], out: _Responses) -> None:
+    def _write_side_by_side(self, texts: list[np.ndarray], out: _Responses) -> Iterator[Tensor]:
+        """Yields the requests that have ended after a token, [E]."""
         ids, mask = self._pad_left(texts)  # [B, P]
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         cache = DynamicCache(config=self.model.config)
@@ -361,7 +374,10 @@ class TransformersEngine:
             written = written + 1
             stopped = alive & self._is_last(token, rows, written, out)
             out.stopped[rows[stopped]], out.lengths[rows[stopped]] = True, written[stopped]
-            alive = alive & ~stopped & (written < out.limits[rows])
+            left = alive & ~stopped & (written < out.limits[rows])
+            if not bool(torch.equal(left, alive)):
+                yield rows[alive & ~left]
+            alive = left
             n_alive = int(alive.sum())
             if n_alive == 0:
                 break

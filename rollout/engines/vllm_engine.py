@@ -11,6 +11,7 @@ Only this file knows vLLM, and imports it where it is used: its arguments are pu
 
 import hashlib
 import os
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -175,6 +176,12 @@ class VLLMEngine:
         # Keys and values of the old weights would be taken for prefixes of the new ones.
         if not self._llm.reset_prefix_cache():
             raise RuntimeError("vLLM did not drop the keys and values of the old weights")
+
+    def stream(
+        self, requests: list[PromptRequest], begun: list[Begun | None] | None = None, most: int | None = None
+    ) -> Iterator[tuple[int, Generation]]:
+        """All of them after the last one is over."""
+        yield from enumerate(self.generate(requests, begun, most))
 
     def generate(
         self, requests: list[PromptRequest], begun: list[Begun | None] | None = None, most: int | None = None

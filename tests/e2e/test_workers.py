@@ -3,6 +3,7 @@
 import time
 
 import numpy as np
+import psutil
 import pytest
 import ray
 
@@ -13,6 +14,13 @@ from core.trajectory import Trajectory
 from launch import build, cluster
 
 pytestmark = pytest.mark.slow
+SLOW = """
+import time
+
+class Slow:
+    def step(self, turns, row):
+        time.sleep(0.3)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -212,3 +220,49 @@ def test_workers_that_free_their_devices_after_a_call_write_the_next(cfg):
                 ray.kill(group._slots[0].actor)
     finally:
         group.close()
+
+
+def test_parts_of_a_chunk_are_scored_while_it_is_written_and_a_lost_worker_costs_what_is_missing(cfg, by_one, tmp_path):
+    """One worker, one chunk, and an environment that makes its prompts end one after the other. After two parts were
+    scored the worker is killed: another one writes the rest, nothing twice, and no token is another."""
+    (tmp_path / "slow.py").write_text(SLOW)
+    (tmp_path / "r.py").write_text(
+        "from pathlib import Path\n"
+        "def seen(n, **_):\n"
+        f"    Path({str(tmp_path)!r}, 'scored-' + '-'.join(map(str, n))).touch()\n"
+        "    return [1.0] * len(n)\n"
+    )
+    settings = {"workers": 1, "chunk_size": 48, "stream_size": 2, "environment": f"{tmp_path}/slow.py:Slow"}
+    rollout = cfg.rollout.model_copy(update=settings)
+    component = cfg.rewards["length"].model_copy(update={"fn": f"{tmp_path}/r.py:seen"})
+    cfg = cfg.model_copy(update={"rollout": rollout, "rewards": {"seen": component}})
+    tokenizer = build.load_tokenizer(cfg.model.path)
+    prompts, _ = build.prompt_streams(cfg, tokenizer)
+    notes: list[str] = []
+    group, rewards = build.rollouts(cfg, tokenizer, "cpu", notes.append), build.reward_client(cfg, None, print)
+    handed_on = []
+
+    def killed_after_two(parts):
+        for part in parts:
+            handed_on.append(part)
+            yield part
+            if len(handed_on) == 2:
+                deadline = time.monotonic() + 120
+                while len(list(tmp_path.glob("scored-*"))) < 2:
+                    assert time.monotonic() < deadline, "two parts were not scored before the others were written"
+                    time.sleep(0.02)
+                psutil.Process(group.pids["worker-0"]).kill()
+
+    try:
+        group.wait_ready()
+        pending, _ = group.start(prompts.take(24, 2), lambda parts: rewards.submit(killed_after_two(parts))).result()
+        got = rewards.collect(pending)
+    finally:
+        group.close()
+        rewards.close()
+    assert len(handed_on) > 3 and group.counters["worker_lost"] == 1
+    again = group.counters["prompts_redispatched"]
+    assert 0 < again < 48 and rewards.counters["duplicates_dropped"] == 0
+    assert sum(t.request.attempt == 1 for t in got) == again
+    for a, b in zip(by_one, got, strict=True):
+        assert a.request.sample_uid == b.request.sample_uid and a.response_ids.tobytes() == b.response_ids.tobytes()

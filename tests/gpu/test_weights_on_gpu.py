@@ -4,6 +4,7 @@ python -m pytest tests/gpu        # needs torch, numpy, xxhash; no Ray
 """
 
 import multiprocessing
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -42,7 +43,9 @@ class Engine:
     def __init__(self) -> None:
         self.tensors = tensors(0.0)
 
-    def generate(self, requests: list[PromptRequest], begun: object = None, most: object = None) -> list[Generation]:
+    def stream(
+        self, requests: list[PromptRequest], begun: object = None, most: object = None
+    ) -> Iterator[tuple[int, Generation]]:
         raise NotImplementedError
 
     def use_weights(self) -> None:
