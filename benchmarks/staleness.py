@@ -1,12 +1,15 @@
-"""Batches that are written ahead (`rollout.max_staleness`): what they cost in learning, and what they save in time.
+"""Batches that are written ahead (`rollout.max_staleness`): what they cost in learning, and what they save in time; and
+what is saved where a chunk is handed on in parts (`rollout.stream_size`).
 
-    python benchmarks/staleness.py --json docs/img/staleness.json             # both, about 20 minutes on two cores
+    python benchmarks/staleness.py --json docs/img/staleness.json             # all, about 25 minutes on two cores
     python benchmarks/staleness.py --json out.json --only curves --seeds 3
     python benchmarks/staleness.py --json out.json --only overlap
+    python benchmarks/staleness.py --json out.json --only parts
 
 Curves: cards over as many samples with 0 and 1, held-out reward at each evaluation; is the mean of the stale runs
 within the spread of the others? Overlap: a random model whose responses have geometric lengths (each token may be the
 last), with a reward that takes a known time; is a step as long as the longer of writing and of scoring and learning?
+Parts: the same model and reward, on-policy, the batch written as one chunk, in four, and as one chunk in parts.
 """
 
 import argparse
@@ -19,7 +22,7 @@ from typing import Any
 
 from train_command import CARDS, Finished, circumstances, table, train, train_unless_done
 
-EVAL_EVERY, WARM_UP = 2, 2
+EVAL_EVERY, WARM_UP, BATCH = 2, 2, 256
 LIMIT = 1.10  # of the longer of the two
 REWARD = """import time
 
@@ -29,7 +32,7 @@ class Late:
         self.seconds = seconds
 
     def __call__(self, completions, **_):
-        time.sleep(self.seconds)
+        time.sleep(self.seconds * len(completions))
         return [-abs(len(text) - 60) / 60 for text in completions]
 """
 
@@ -63,8 +66,8 @@ def judged(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return judged
 
 
-def overlap(folder: Path, latency_s: float, steps: int) -> list[dict[str, Any]]:
-    """Seconds of a step, of writing, and of scoring and learning, with 0 and 1."""
+def lengths_task(folder: Path, latency_s: float) -> dict[str, Any]:
+    """Settings of a run whose responses have geometric lengths, and whose rewards take `latency_s` in all."""
     sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
     import tiny_models
 
@@ -74,30 +77,36 @@ def overlap(folder: Path, latency_s: float, steps: int) -> list[dict[str, Any]]:
     generation["eos_token_id"] = list(range(0, 320, 64))  # five of 320 ids: 64 tokens in the mean
     (model / "generation_config.json").write_text(json.dumps(generation))
     (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"the cat {i}"}) + "\n" for i in range(512)))
-    rows = []
+    return {
+        "model.path": model,
+        "model.dtype": "float32",
+        "data.path": folder / "prompts.jsonl",
+        "rewards.late.fn": f"{folder / 'late.py'}:Late",
+        "rewards.late.options": json.dumps({"seconds": latency_s / BATCH}),
+        "rollout.batch_size": BATCH,
+        "rollout.max_new_tokens": 192,
+        "rollout.workers": 1,
+        "ppo.micro_batch_size": 64,
+        "run.save_every": 1000,
+    }
+
+
+def timed_rows(folder: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """Of the steps that are neither warm-up nor the last, which has nothing written beside it."""
+    config = folder.parent / "empty.yaml"
+    config.write_text("{}\n")
+    run = train(folder, config, settings)
+    if run.exit_code:
+        raise SystemExit(f"a run failed:\n{run.last_words}")
+    return run.rows[WARM_UP : len(run.rows) - 1]
+
+
+def overlap(folder: Path, latency_s: float, steps: int) -> list[dict[str, Any]]:
+    """Seconds of a step, of writing, and of scoring and learning, with 0 and 1."""
+    task, rows = lengths_task(folder, latency_s) | {"run.steps": steps, "rollout.chunk_size": 64}, []
     for staleness in (0, 1):
-        settings = {
-            "model.path": model,
-            "model.dtype": "float32",
-            "data.path": folder / "prompts.jsonl",
-            "rewards.late.fn": f"{folder / 'late.py'}:Late",
-            "rewards.late.options": json.dumps({"seconds": latency_s / 4}),
-            "rollout.batch_size": 256,
-            "rollout.chunk_size": 64,
-            "rollout.max_new_tokens": 192,
-            "rollout.workers": 1,
-            "rollout.max_staleness": staleness,
-            "ppo.micro_batch_size": 64,
-            "run.steps": steps,
-            "run.save_every": 1000,
-        }
-        config = folder / "empty.yaml"
-        config.write_text("{}\n")
-        run = train(folder / f"overlap-{staleness}", config, settings)
-        if run.exit_code:
-            raise SystemExit(f"a run failed:\n{run.last_words}")
-        timed = run.rows[WARM_UP : len(run.rows) - 1]  # the last step has nothing written beside it
-        writing = [r["response/length_mean"] * 256 / r["perf/rollout_tokens_per_s"] for r in timed]
+        timed = timed_rows(folder / f"overlap-{staleness}", task | {"rollout.max_staleness": staleness})
+        writing = [r["response/length_mean"] * BATCH / r["perf/rollout_tokens_per_s"] for r in timed]
         learning = [sum(r.get(f"time/{phase}", 0.0) for phase in ("annotate", "update", "sync")) for r in timed]
         row = {"max_staleness": staleness, "step_s": median(r["time/total"] for r in timed)}
         row |= {"writing_s": median(writing), "scoring_s": latency_s, "learning_s": median(learning)}
@@ -105,10 +114,24 @@ def overlap(folder: Path, latency_s: float, steps: int) -> list[dict[str, Any]]:
     return rows
 
 
+def parts(folder: Path, latency_s: float, steps: int) -> list[dict[str, Any]]:
+    """Seconds of a step and until all is scored, by how the batch is cut."""
+    task, rows = lengths_task(folder, latency_s) | {"run.steps": steps}, []
+    for chunk, stream in ((BATCH, None), (BATCH // 4, None), (BATCH, 32)):
+        cut = {"rollout.chunk_size": chunk, "rollout.slots": chunk}
+        cut |= {} if stream is None else {"rollout.stream_size": stream}
+        timed = timed_rows(folder / f"parts-{chunk}-{stream}", task | cut)
+        row = {"chunk_size": chunk, "stream_size": stream, "step_s": median(r["time/total"] for r in timed)}
+        row["scored_early"] = median(r["perf/scored_early_frac"] for r in timed)
+        row["rollout_tokens_per_s"] = median(r["perf/rollout_tokens_per_s"] for r in timed)
+        rows.append(row)
+    return rows
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, required=True, help="where all numbers go")
-    parser.add_argument("--only", choices=("curves", "overlap"), help="one part")
+    parser.add_argument("--only", choices=("curves", "overlap", "parts"), help="one part")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=24, help="of each run on cards (default 24)")
     parser.add_argument("--overlap-steps", type=int, default=10)
@@ -122,7 +145,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         folder = (args.out or Path(scratch)).absolute()
         folder.mkdir(parents=True, exist_ok=True)
-        if args.only != "overlap":
+        if args.only in (None, "curves"):
             found["curves"] = curves(folder, args.seeds, args.steps)
             found["judged"] = judged(found["curves"])
             heads = ["update", "on-policy, seeds", "mean", "stale by 1: mean", "worst seed", "within"]
@@ -138,7 +161,7 @@ def main() -> int:
                 for at in found["judged"]
             ]
             print(f"cards, held-out reward\n\n{table(heads, lines)}\n")
-        if args.only != "curves":
+        if args.only in (None, "overlap"):
             found["overlap"] = overlap(folder, args.latency, args.overlap_steps)
             heads = ["max_staleness", "step, s", "writing", "scoring + learning", "step / the longer"]
             lines = [
@@ -155,6 +178,20 @@ def main() -> int:
             ratio = found["overlap"][1]["step_s"] / found["overlap"][1]["longer_s"]
             missed = "" if ratio <= LIMIT else ", MISSED"
             print(f"stale by 1, a step is {ratio:.2f} of the longer, goal {LIMIT:.2f}{missed}")
+        if args.only in (None, "parts"):
+            found["parts"] = parts(folder, args.latency, args.overlap_steps)
+            heads = ["chunk_size", "stream_size", "step, s", "scored before the last was written", "tokens/s"]
+            lines = [
+                [
+                    str(row["chunk_size"]),
+                    str(row["stream_size"]),
+                    f"{row['step_s']:.2f}",
+                    f"{row['scored_early']:.0%}",
+                    f"{row['rollout_tokens_per_s']:.0f}",
+                ]
+                for row in found["parts"]
+            ]
+            print(f"rewards of a step take {args.latency:g} s, medians\n\n{table(heads, lines)}\n")
     args.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return 0
 

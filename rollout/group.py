@@ -267,7 +267,7 @@ class RolloutGroup:
         slot.incarnation += 1
         args, kwargs = self._make_args(slot.name)
         slot.actor = ray.remote(RolloutWorker).options(max_restarts=0, **options).remote(*args, **kwargs)
-        slot.ready, slot.chunk = False, []
+        slot.ready, slot.chunk = False, {}
         hello = slot.actor.hello.remote()
         slot.expect(hello if self._latest is None else self._send(slot), self._timeout_s)
         return True
