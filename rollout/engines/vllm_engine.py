@@ -177,20 +177,20 @@ class VLLMEngine:
         if not self._llm.reset_prefix_cache():
             raise RuntimeError("vLLM did not drop the keys and values of the old weights")
 
-    def stream(
-        self, requests: list[PromptRequest], begun: list[Begun | None] | None = None, most: int | None = None
-    ) -> Iterator[tuple[int, Generation]]:
-        """All of them after the last one is over."""
-        yield from enumerate(self.generate(requests, begun, most))
-
     def generate(
         self, requests: list[PromptRequest], begun: list[Begun | None] | None = None, most: int | None = None
     ) -> list[Generation]:
+        """What `stream` gives, in the order of the requests."""
+        return [generation for _, generation in sorted(self.stream(requests, begun, most), key=lambda pair: pair[0])]
+
+    def stream(
+        self, requests: list[PromptRequest], begun: list[Begun | None] | None = None, most: int | None = None
+    ) -> Iterator[tuple[int, Generation]]:
         from vllm import SamplingParams
 
         self._wake()
         starts = [start or NOTHING for start in begun or [None] * len(requests)]
-        outputs = self._llm.generate(
+        names = self._llm.enqueue(
             [
                 {"prompt_token_ids": [*request.prompt_ids.tolist(), *start.response_ids.tolist()]}
                 for request, start in zip(requests, starts, strict=True)
@@ -210,10 +210,12 @@ class VLLMEngine:
             ],
             use_tqdm=False,
         )
-        return [
-            _generation(start, output.outputs[0], self.max_new_tokens)
-            for start, output in zip(starts, outputs, strict=True)
-        ]
+        places = {name.partition("-")[0]: i for i, name in enumerate(names)}  # an answer has the number alone
+        while places:
+            for output in self._llm.llm_engine.step():
+                if output.finished:
+                    i = places.pop(output.request_id)
+                    yield i, _generation(starts[i], output.outputs[0], self.max_new_tokens)
 
     def logprobs(self, prompt_ids: np.ndarray, response_ids: np.ndarray) -> np.ndarray:
         """One request for each token: what vLLM says of a prompt's own tokens is before temperature, and on its other

@@ -180,6 +180,9 @@ def test_logprobs_are_those_of_a_plain_forward_before_and_after_an_update(
         for temperature in temperatures:
             want = of_a_plain_forward(lm, case["probe"][0][0], case["probe"][1][0], temperature)
             np.testing.assert_allclose(got[f"probe {when}"][temperature][0], want, atol=1e-5)
+    # Each came when it was over, while others were written.
+    places, others = zip(*got["came"], strict=True)
+    assert sorted(places) == [*range(n)] and others[0] > n // 2 and others[-1] == 0
     # Other weights, or the comparisons above would say little.
     assert np.abs(got["probe before"][temperatures[0]] - got["probe after"][temperatures[0]]).max() > 0.1
 

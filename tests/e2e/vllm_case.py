@@ -69,6 +69,10 @@ def main(folder: Path) -> None:
     engine.use_weights()
     answers["after"], answers["probe after"] = written(), probe()
     answers["begun"] = written(begun=True)
+    # Of each as it came: its place, and how many vLLM still writes.
+    answers["came"] = [
+        (i, engine._llm.llm_engine.get_num_unfinished_requests()) for i, _ in engine.stream(case["requests"])
+    ]
     (folder / "answers.pickle").write_bytes(pickle.dumps(answers))
 
 
