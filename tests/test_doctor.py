@@ -164,7 +164,7 @@ def test_lines_are_aligned_and_wrap_under_themselves_on_a_terminal(monkeypatch):
     plain = examination.line("disk", warn("slow " * 30, "another"))
     assert plain.startswith("warn  disk           slow") and "\n" not in plain and plain.endswith("; another")
     monkeypatch.setattr(examination.sys.stdout, "isatty", lambda: True, raising=False)
-    monkeypatch.setattr(examination.shutil, "get_terminal_size", lambda: os.terminal_size((80, 24)))
+    monkeypatch.setattr(examination.shutil, "get_terminal_size", lambda *_, **__: os.terminal_size((80, 24)))
     monkeypatch.setenv("NO_COLOR", "1")
     first, *rest = examination.line("disk", warn("slow " * 30, "another")).splitlines()
     column = first.index("slow")
