@@ -38,7 +38,7 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     mark, until = item.get_closest_marker("long"), os.environ.get("LONG_UNTIL")
     if mark and until and time.time() + mark.kwargs["seconds"] > float(until):
-        pytest.skip(f"takes {mark.kwargs['seconds']} s, for which no time is left; alone: -m long")
+        pytest.skip(f"no time is left for the {mark.kwargs['seconds']} s of {item.nodeid}; alone: -m long")
 
 
 @pytest.hookimpl(trylast=True)
