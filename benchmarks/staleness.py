@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
-from train_command import CARDS, Finished, circumstances, table, train, train_unless_done
+from train_command import CARDS, ROOT, Finished, circumstances, table, train, train_unless_done
 
 EVAL_EVERY, WARM_UP, BATCH = 2, 2, 256
 LIMIT = 1.10  # of the longer of the two
@@ -68,7 +68,7 @@ def judged(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def lengths_task(folder: Path, latency_s: float) -> dict[str, Any]:
     """Settings of a run whose responses have geometric lengths, and whose rewards take `latency_s` in all."""
-    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # benchmarks/rollout.py is no package
     import tiny_models
 
     (folder / "late.py").write_text(REWARD)
