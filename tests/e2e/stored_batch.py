@@ -15,7 +15,6 @@ import os
 import socket
 import sys
 import time
-import traceback
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -213,12 +212,8 @@ def main(out: Path, task: dict) -> None:
         )  # of this launch: its ranks have one parent
         if (child := os.fork()) == 0:
             os.environ |= {"MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": "False"}
-            try:
-                run_case(task["model"], case, part)
-                sys.exit(0)
-            except Exception:
-                traceback.print_exc()
-                sys.exit(1)
+            run_case(task["model"], case, part)
+            sys.exit(0)
         if status := os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]):
             sys.exit(f"case {i} ended with {status}: {case}")
     if rank == 0:
