@@ -14,7 +14,7 @@ from pathlib import Path
 from core.faults import INTERRUPTED, TERMINATED, Fault, ProcessFault, UserError
 from core.plain_text import one_line
 from core.schema import Config
-from launch import arguments, early, run_folder, verbs
+from launch import arguments, early, run_folder, users_code, verbs
 from launch.cluster import EXIT_CODE_FOLDER, adopt_orphans, cores, die_with_parent, prepare_environment, prepare_hub
 
 GRACE_S = 8.0  # between the first signal and the killing of what is left
@@ -54,8 +54,9 @@ def train(argv: list[str]) -> int:
     if run_folder.examine(cfg).finished:
         print(run_folder.farewell(cfg.run.folder, run_folder.read_summary(cfg.run.folder), was_finished=True))
         return 0
-    early.refuse(cfg)
+    columns = early.refuse(cfg)
     prepare_hub(cfg)
+    users_code.check_apart(cfg, columns)
     return launch(argv, args, cfg)
 
 

@@ -58,6 +58,12 @@ def device(cfg: Config) -> str:
         raise UserError(f"resources.reward_gpus = {cfg.resources.reward_gpus:g}: torch sees no CUDA device; give 0")
     if cfg.resources.device != "cpu" and torch.cuda.is_available():
         return "cuda"
+    refuse_what_gpus_need(cfg)
+    return "cpu"
+
+
+def refuse_what_gpus_need(cfg: Config) -> None:
+    """Raise UserError for what does nothing on a CPU."""
     for leaf in ("gpu_memory", "sleep"):
         if value := getattr(cfg.rollout, leaf):
             raise UserError(
@@ -74,7 +80,6 @@ def device(cfg: Config) -> str:
             "rollout.placement = apart: does nothing on a CPU of one machine, where no GPU is shared; leave it out, or"
             " name a cluster (resources.ray_address)"
         )
-    return "cpu"
 
 
 def refuse_transport(cfg: Config, device: str, learners: int) -> None:

@@ -42,6 +42,7 @@ def refuse(cfg: Config) -> set[str] | None:
             f"resources.device = cuda: torch {torch} is built without it; install another, or use cpu or auto"
         )
     if cfg.resources.device == "cpu" or importlib.metadata.version("torch").endswith("+cpu"):
+        cluster.refuse_what_gpus_need(cfg)
         cluster.refuse_transport(cfg, "cpu", 1)
     run_folder.examine(cfg)
     room.refuse_too_little_shared_memory(cfg)
@@ -315,3 +316,21 @@ def check_rewards(cfg: Config, functions: dict[str, Callable] | None = None, col
                 f"rewards.{name}.fn = {spec.fn}: it wants {', '.join(missing)}, and neither the columns of"
                 f" {cfg.data.key} ({', '.join(sorted(columns))}) nor rewards.{name}.options have that"
             )
+
+
+def check_augment(cfg: Config) -> None:
+    """Raise UserError where `data.augment` cannot be loaded, or makes no row of the first prompt; where the prompts are
+    not quickly read, only the first is looked for."""
+    from rollout.prompts import augmented, load_training_rows, split_off, training_order
+
+    data = cfg.data
+    if data.augment is None:
+        return
+    augment = load_augment(data.augment)
+    if all(map(_is_quickly_read, data.sources)):
+        rows, places = load_training_rows(data)
+        if data.eval_frac:
+            kept, _ = split_off(rows, places, data)
+            rows, places = [rows[i] for i in kept], [places[i] for i in kept]
+        first = rows[training_order(rows, places, data, cfg.run.seed).row_at(0)]
+        augmented(augment, data.augment, first, 0, cfg.run.seed)

@@ -15,6 +15,16 @@ if [ "$(cat .venv/installed 2>/dev/null)" != "$wanted" ]; then
         echo "tokenppo needs Python 3.11 or newer; set PYTHON to one, this is: $("${PYTHON:-python3}" --version 2>&1)" >&2
         exit 2
     }
+    # Debian and Ubuntu keep it in a package of its own; a .venv without it would be there and have no pip.
+    if [ ! -x "$python" ] && ! "${PYTHON:-python3}" -c 'import ensurepip' 2> /dev/null; then
+        if [ -n "${PYTHON-}" ] || [ "$(id -u)" != 0 ] || ! command -v apt-get > /dev/null; then
+            echo "$(command -v "${PYTHON:-python3}") makes no environments; install python3-venv, or set PYTHON to one that does" >&2
+            exit 2
+        fi
+        echo "this python3 makes no environments: apt-get install python3-venv"
+        apt-get update --quiet=2
+        DEBIAN_FRONTEND=noninteractive apt-get install --quiet=2 --yes --no-install-recommends python3-venv > /dev/null
+    fi
     echo "installing into .venv (2 GB with a CPU build of torch, 6 GB with a CUDA build; once)"
     if [ -n "$lock" ]; then
         bash docker/venv.sh "$lock"

@@ -1,7 +1,7 @@
 """What a run would do, in words and numbers, without doing any of it: `tokenppo train --dry-run`."""
 
 from core.schema import Config, RewardConfig
-from launch import cluster, early, environment, memory, placement, room, under_way
+from launch import cluster, early, memory, placement, room, under_way, users_code
 from launch.memory import Sharding, gib
 from rollout.prompts import leak
 
@@ -13,8 +13,7 @@ def plan(cfg: Config, learners: int = 1, sharding: Sharding | None = None) -> st
     """
     columns = early.refuse(cfg)
     cluster.prepare_hub(cfg)
-    early.check_rewards(cfg, columns=columns)
-    environment.check(cfg)
+    users_code.check(cfg, columns)
     device = cluster.device(cfg)
     cluster.refuse_transport(cfg, device, learners)
     seats = placement.of_machine(cfg, device, learners)

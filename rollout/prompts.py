@@ -238,6 +238,20 @@ def encode_prompt(prompt: Any, tokenizer: Any) -> list[int]:
     return tokenizer.encode(text, add_special_tokens=False)
 
 
+def augmented(augment: Augment, name: str, row: dict[str, Any], ordinal: int, seed: int) -> dict[str, Any]:
+    """What `augment`, known as `name`, makes of the row of a prompt. Raises UserError where that is no row."""
+    where = f"data.augment = {name}: prompt {ordinal}"
+    rng = np.random.default_rng([seed, ordinal, 0, OF_AUGMENTATION])
+    try:
+        made = augment(copy.deepcopy(row), rng)
+    except Exception as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise UserError(f"{where}: it raised {type(error).__name__}: {reason}") from None
+    if not isinstance(made, dict):
+        raise UserError(f"{where}: it gave a {type(made).__name__}; it must return the row, a dict")
+    return made
+
+
 class PromptStream:
     """An endless stream of samples to write. Its state is `position` (the next ordinal); with `skip_solved` also which
     rows were left out, and how often in a row others gave no signal; and how hard each row was found, if measured."""
@@ -393,16 +407,8 @@ class PromptStream:
         return self._augmented[1:]
 
     def _augment_row(self, row: dict[str, Any], ordinal: int) -> tuple[np.ndarray, dict[str, Any]]:
-        where = f"data.augment = {self._augment_name}: prompt {ordinal}"
-        rng = np.random.default_rng([self.seed, ordinal, 0, OF_AUGMENTATION])
-        try:
-            made = self._augment(copy.deepcopy(row), rng)
-        except Exception as error:
-            reason = (str(error).splitlines() or [""])[0]
-            raise UserError(f"{where}: it raised {type(error).__name__}: {reason}") from None
-        if not isinstance(made, dict):
-            raise UserError(f"{where}: it gave a {type(made).__name__}; it must return the row, a dict")
-        return self._encode(made, where), self._columns_of(made)
+        made = augmented(self._augment, self._augment_name, row, ordinal, self.seed)
+        return self._encode(made, f"data.augment = {self._augment_name}: prompt {ordinal}"), self._columns_of(made)
 
     def _refuse_other_than_pure(self) -> None:
         """Raise UserError where the first prompt comes out otherwise a second time: no run could be gone on with."""

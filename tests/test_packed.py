@@ -4,26 +4,27 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig
 
 import tiny_models
 from rollout.engines.packed import PackedLinears
 from rollout.engines.transformers_engine import TransformersEngine
 
+SIZES = {
+    "vocab_size": 640,
+    "hidden_size": 128,
+    "intermediate_size": 640,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.2,
+}
 
-def wide_model(seed: int, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """Its MLP and head are worth packing, its attention is not."""
+
+def wide_model(seed: int, kind: type = LlamaConfig) -> nn.Module:
+    """Its MLP and head are worth packing, its attention is not. Llama's forward is ours, others are transformers'."""
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=640,
-        hidden_size=128,
-        intermediate_size=640,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=256,
-        initializer_range=0.2,
-    )
-    return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    return AutoModelForCausalLM.from_config(kind(**SIZES), dtype=torch.float32).eval()
 
 
 def worst_error(served: TransformersEngine, model: nn.Module) -> float:
@@ -40,9 +41,11 @@ def worst_error(served: TransformersEngine, model: nn.Module) -> float:
     return worst
 
 
-def test_new_weights_are_packed_anew():
-    first, second = wide_model(0), wide_model(1)
-    served = TransformersEngine(wide_model(0), (0,), temperature=1.0, max_new_tokens=12)
+@pytest.mark.parametrize("kind", [LlamaConfig, GPTNeoXConfig])
+def test_new_weights_are_packed_anew(kind):
+    first, second = wide_model(0, kind), wide_model(1, kind)
+    served = TransformersEngine(wide_model(0, kind), (0,), temperature=1.0, max_new_tokens=12)
+    assert served.in_slots and (served._decoder is not None) == (kind is LlamaConfig)
     assert worst_error(served, first) < 1e-5
     live = served.live_tensors()
     for name, tensor in second.state_dict().items():

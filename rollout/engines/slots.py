@@ -62,15 +62,19 @@ class Tokens:
 
     def __init__(self, slots: Slots, at: Tensor) -> None:
         self._slots, self._at = slots, at
-        self._rows = torch.arange(len(at), device=at.device)
+        self._into: Tensor | None = None  # [B * G] of all rows [S * G * room, D]: where keys and values go
         self._length = int(at.max()) + 1
         unseen = torch.arange(self._length, device=at.device) > at[:, None]
         self._unseen = unseen if bool(unseen.any()) else None  # [B, L]
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         keys, values = self._slots.of(layer, key, value)
-        keys[self._rows, :, self._at], values[self._rows, :, self._at] = key[:, :, 0], value[:, :, 0]
-        n, heads, kv_heads, width = len(self._rows), query.shape[1], key.shape[1], query.shape[3]
+        n, heads, kv_heads, width = len(self._at), query.shape[1], key.shape[1], query.shape[3]
+        if self._into is None or len(self._into) != n * kv_heads:
+            first = torch.arange(n * kv_heads, device=self._at.device).view(n, kv_heads) * self._slots.room
+            self._into = (first + self._at[:, None]).view(-1)
+        for kept, new in ((keys, key), (values, value)):
+            kept.view(-1, kept.shape[3]).index_copy_(0, self._into, new.reshape(-1, new.shape[3]))
         keys, values = keys[:n, :, : self._length], values[:n, :, : self._length]
         if query.dtype != torch.float32 or query.is_cuda:  # narrow products would round the scores
             mask = None if self._unseen is None else ~self._unseen[:, None, None]

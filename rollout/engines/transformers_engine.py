@@ -25,6 +25,7 @@ from core.logprobs import logprobs_from_logits
 from core.pretrained import load_causal_lm
 from core.trajectory import KeptTokens, PromptRequest
 from core.weights import named_tensors
+from rollout.engines.decoder import Decoder
 from rollout.engines.engine import Begun, Generation
 from rollout.engines.packed import PackedLinears
 from rollout.engines.sampling import Filters, sample
@@ -169,8 +170,12 @@ class TransformersEngine:
         # Models without absolute or rotary positions (ALiBi) take none; they read the attention mask.
         self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
         self._packed = PackedLinears(model)
+        self._decoder = Decoder(model) if Decoder.fits(model) else None
         self._room: Slots | None = None  # kept between calls: new memory is slow at its first touch
         self.in_slots = self._reads_slots()
+        if not self.in_slots and self._decoder is not None:  # its forward may be another one in this transformers
+            self._decoder = None
+            self.in_slots = self._reads_slots()
 
     @classmethod
     def load(
@@ -192,9 +197,11 @@ class TransformersEngine:
         strings = StopStrings(list(stop_strings), load_tokenizer()) if stop_strings else None
         settings = {"temperature": temperature, "max_new_tokens": max_new_tokens, "slots": slots}
         engine = cls(model, stop, **settings, filters=filters, stop_strings=strings)
-        if not engine.in_slots:  # Ray shows it to whoever started the run
-            name = type(model).__name__
+        name = type(model).__name__  # Ray shows what is printed to whoever started the run
+        if not engine.in_slots:
             print(f"{name} cannot be read in slots: responses are written side by side, slower, with the same ids")
+        elif Decoder.fits(model) and engine._decoder is None:
+            print(f"{name} of this transformers is not what decoder.py computes: its own forward writes, slower")
         return engine
 
     def live_tensors(self) -> dict[str, Tensor]:
@@ -203,6 +210,8 @@ class TransformersEngine:
     def use_weights(self) -> None:
         """`generate` reads the very tensors that were written, or what it makes of them."""
         self._packed.drop()
+        if self._decoder is not None:
+            self._decoder.drop()
 
     def rest(self) -> None:
         """Nothing: memory stays with its process."""
@@ -311,6 +320,8 @@ class TransformersEngine:
 
     def _next_logits(self, token: Tensor, place: Tensor, slots: Slots) -> Tensor:
         """Logits [B, V] behind `token`, which stands at `place`."""
+        if self._decoder is not None:
+            return self._decoder.logits(token, place, Tokens(slots, place))
         with self._packed.in_use():
             return self._logits(token[:, None], place[:, None], Tokens(slots, place), 1)[:, -1]
 

@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.long(seconds=400), pytest.mark.timeo
 
 DEBOOTSTRAP_S = 400
 SUITE = "bookworm"
-PACKAGES = "python3,python3-venv,ca-certificates"
+PACKAGES = "python3,ca-certificates"  # the second is how this machine reaches packages
 # How this machine reaches packages: settings of pip's, and nothing else of its environment.
 PASSED_ON = ("PIP_", "http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
 PIP_FILES = ("/etc/pip.conf", "/etc/xdg/pip", "/etc/ssl/certs/ca-certificates.crt", "/etc/resolv.conf", "/etc/hosts")

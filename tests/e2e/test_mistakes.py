@@ -16,7 +16,7 @@ import tiny_models
 from cards_run import ROOT
 from core import config, faults
 from core.faults import ProcessFault, UserError
-from launch import cli, cluster, room, verbs
+from launch import cli, cluster, room, users_code, verbs
 
 CONFIG = """
 model: {path: model, dtype: float32}
@@ -375,6 +375,31 @@ def test_a_mistake_with_another_verb_is_one_line_too(line, place):
     assert done.returncode == 2, done.stdout + done.stderr
     says(done.stderr, VERB_MISTAKES[line])
     assert done.stdout == "" and listing(place) == before
+
+
+SLOW_TO_IMPORT = """
+import os, pathlib, time
+pathlib.Path("pid").write_text(str(os.getpid()))
+print("hello")
+time.sleep(600)
+"""
+
+
+def test_a_component_that_takes_long_to_import_is_left_to_the_learner(task, monkeypatch, capfd):
+    monkeypatch.chdir(task)
+    monkeypatch.setattr(users_code, "PATIENCE_S", 1.0)
+    (task / "slow.py").write_text(SLOW_TO_IMPORT)
+    users_code.check_apart(config.load(Path("config.yaml"), {"rewards.mine.fn": "slow.py:f"}), None)
+    assert not psutil.pid_exists(int((task / "pid").read_text()))
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_component_whose_import_kills_its_process_is_left_to_the_learner(task, monkeypatch):
+    monkeypatch.chdir(task)
+    (task / "dies.py").write_text("import os\nos._exit(3)\n")
+    users_code.check_apart(config.load(Path("config.yaml"), {"rewards.mine.fn": "dies.py:f"}), None)
+    with pytest.raises(UserError, match="absent"):  # and what answers is heard
+        users_code.check_apart(config.load(Path("config.yaml"), {"rewards.mine.fn": "rewards.py:absent"}), None)
 
 
 def test_held_out_prompts_that_are_trained_on_are_told_before_the_start(task, monkeypatch, capfd):
