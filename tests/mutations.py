@@ -46,6 +46,7 @@ LIBRARIES = (
 
 ALIGN, INVARIANCE, IDENTITY = ("tests/test_align.py",), ("tests/test_invariance.py",), ("tests/test_identity.py",)
 POISON, ENGINE = ("tests/test_poison.py",), ("tests/test_engine.py",)
+DECODER, PACKED = ("tests/test_decoder.py",), ("tests/test_packed.py",)
 WEIGHTS, COMBINE, BATCH = ("tests/test_weights.py",), ("tests/test_combine.py",), ("tests/test_batch.py",)
 PPO, LOGPROBS = ("tests/test_ppo.py",), ("tests/test_logprobs.py",)
 PACKING, MODEL, HEAD = (
@@ -84,6 +85,7 @@ VALUE_HEADS_PY, SAMPLING_PY, KEPT_PY = "trainer/value_heads.py", "rollout/engine
 PACKING_PY, HEAD_PY, EXPORT_PY = "trainer/packing.py", "trainer/fused_head.py", "trainer/engine_weights.py"
 
 AHEAD_PY = "trainer/ahead.py"
+DECODER_PY, PACKED_PY = "rollout/engines/decoder.py", "rollout/engines/packed.py"
 
 MUTATIONS = [
     # ------------------------------------------------ batches of an older policy
@@ -471,6 +473,45 @@ MUTATIONS = [
         " | {tokenizer_eos}\n",
         "\n",
         ENGINE,
+    ),
+    Mutation(
+        "the decoder turns queries the other way",
+        DECODER_PY,
+        "[-sin[..., :half], sin",
+        "[sin[..., :half], -sin",
+        DECODER,
+    ),
+    Mutation(
+        "the decoder scores with its own scale", DECODER_PY, "attention.scaling)", "attention.scaling * 1.01)", DECODER
+    ),
+    Mutation("the decoder leaves out the norm of keys", DECODER_PY, "_normed(attention.k_norm, key)", "key", DECODER),
+    Mutation(
+        "the decoder takes a class that derives a known one",
+        DECODER_PY,
+        "kind.__name__ not in KNOWN",
+        "not any(k.__name__ in KNOWN for k in kind.__mro__)",
+        DECODER,
+    ),
+    Mutation(
+        "the decoder takes whoever has the name of a known class",
+        DECODER_PY,
+        ' or not kind.__module__.startswith("transformers.models.")',
+        "",
+        DECODER,
+    ),
+    Mutation(
+        "fused biases are left out",
+        PACKED_PY,
+        "bias = None if layers[0].bias is None else torch.cat([layer.bias.detach() for layer in layers])",
+        "bias = None",
+        DECODER,
+    ),
+    Mutation(
+        "packed weights stay those of before",
+        PACKED_PY,
+        "        self._forward = None\n\n    def __call__",
+        "\n    def __call__",
+        PACKED,
     ),
     # ------------------------------------------------ weights on their way to the workers
     Mutation(

@@ -87,13 +87,15 @@ def test_any_number_of_rows_gives_the_same_ids(slots):
     assert [g.response_ids.tolist() for g in engine(model, slots=slots).generate(asked)] == want
 
 
-class _Own(LlamaForCausalLM):
-    pass
+def derived(name: str, module: str) -> nn.Module:
+    """Whoever derives a class may compute something else."""
+    return type(name, (LlamaForCausalLM,), {"__module__": module})(KINDS["llama"])
 
 
 def test_what_is_not_exactly_known_is_left_to_its_own_forward():
     assert Decoder.fits(make(KINDS["llama"]))
-    assert not Decoder.fits(_Own(KINDS["llama"]))  # whoever derives a class may compute something else
+    assert not Decoder.fits(derived("OtherForCausalLM", LlamaForCausalLM.__module__))
+    assert not Decoder.fits(derived("LlamaForCausalLM", "transformers_modules.remote"))
     assert not Decoder.fits(tiny_models.make_model("gpt2"))
     wrapped = make(KINDS["llama"])
     wrapped.model.layers[1].mlp.up_proj = nn.Sequential(wrapped.model.layers[1].mlp.up_proj)  # as an adapter does
