@@ -60,12 +60,14 @@ class Prompts:
 class Tokens:
     """One token of each of the first B slots, at its place `at` [B]."""
 
-    def __init__(self, slots: Slots, at: Tensor) -> None:
+    def __init__(self, slots: Slots, at: Tensor, length: int | None = None) -> None:
+        """`length`: how many tokens are looked back on, at least the furthest place and one. Without it exactly those,
+        for which the device is asked."""
         self._slots, self._at = slots, at
         self._into: Tensor | None = None  # [B * G] of all rows [S * G * room, D]: where keys and values go
-        self._length = int(at.max()) + 1
+        self._length = int(at.max()) + 1 if length is None else length
         unseen = torch.arange(self._length, device=at.device) > at[:, None]
-        self._unseen = unseen if bool(unseen.any()) else None  # [B, L]
+        self._unseen = unseen if length is not None or bool(unseen.any()) else None  # [B, L]
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         keys, values = self._slots.of(layer, key, value)

@@ -27,11 +27,13 @@ from core.trajectory import KeptTokens, PromptRequest
 from core.weights import named_tensors
 from rollout.engines.decoder import Decoder
 from rollout.engines.engine import Begun, Generation
+from rollout.engines.graphs import Graphs, OnCuda
 from rollout.engines.packed import PackedLinears
 from rollout.engines.sampling import Filters, sample
 from rollout.engines.slots import ATTENTION, Prompts, Slots, Tokens
 from rollout.stop_strings import StopStrings
 
+GRAPHS_ON = ("cuda",)  # kinds of devices
 READ_TOKENS, READ_LOGITS = 2**16, 2**10  # of one pass over texts
 
 
@@ -172,10 +174,16 @@ class TransformersEngine:
         self._packed = PackedLinears(model)
         self._decoder = Decoder(model) if Decoder.fits(model) else None
         self._room: Slots | None = None  # kept between calls: new memory is slow at its first touch
-        self.in_slots = self._reads_slots()
-        if not self.in_slots and self._decoder is not None:  # its forward may be another one in this transformers
-            self._decoder = None
-            self.in_slots = self._reads_slots()
+        self._graphs = None
+        if self._decoder is not None and self.device.type in GRAPHS_ON:
+            self._graphs = Graphs(self._decoder, OnCuda())
+        # What is quicker is left where it does not compute what the model does.
+        self.in_slots, self.left = self._reads_slots(), []
+        for quicker in ("_graphs", "_decoder"):
+            if not self.in_slots and getattr(self, quicker) is not None:
+                setattr(self, quicker, None)
+                self.in_slots = self._reads_slots()
+                self.left.append(quicker)
 
     @classmethod
     def load(
@@ -200,8 +208,10 @@ class TransformersEngine:
         name = type(model).__name__  # Ray shows what is printed to whoever started the run
         if not engine.in_slots:
             print(f"{name} cannot be read in slots: responses are written side by side, slower, with the same ids")
-        elif Decoder.fits(model) and engine._decoder is None:
+        elif "_decoder" in engine.left:
             print(f"{name} of this transformers is not what decoder.py computes: its own forward writes, slower")
+        elif "_graphs" in engine.left:
+            print(f"{name} cannot be recorded as CUDA graphs here: each step is launched anew, slower")
         return engine
 
     def live_tensors(self) -> dict[str, Tensor]:
@@ -320,6 +330,8 @@ class TransformersEngine:
 
     def _next_logits(self, token: Tensor, place: Tensor, slots: Slots) -> Tensor:
         """Logits [B, V] behind `token`, which stands at `place`."""
+        if self._graphs is not None:
+            return self._graphs.logits(token, place, slots)
         if self._decoder is not None:
             return self._decoder.logits(token, place, Tokens(slots, place))
         with self._packed.in_use():
@@ -360,7 +372,7 @@ class TransformersEngine:
                 found = [logits]
                 for i in (-2, -1):
                     token = torch.stack([r[i] for r in rows]).to(self.device)
-                    found.append(self._next_logits(token, place, slots))
+                    found.append(self._next_logits(token, place, slots).clone())
                     place = place + 1
         except (NotImplementedError, TypeError, ValueError, RuntimeError):
             return False  # it does not hand `step` on, or wants something that such attention has not

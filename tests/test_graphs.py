@@ -1,0 +1,109 @@
+"""Recorded decode steps: fixed memory, rows that nobody uses, and the numbers of steps that are not recorded.
+
+A CPU has no graphs, so that a step is called again here where a GPU replays it; tests/gpu has the rest.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import tiny_models
+from rollout.engines import graphs
+from rollout.engines.graphs import Graphs
+from rollout.engines.transformers_engine import TransformersEngine
+
+
+class Again:
+    """As a graph: reads the memory that it was recorded with, writes into that of its result."""
+
+    def __init__(self) -> None:
+        self.recorded = 0
+
+    def __call__(self, step: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], Any]]:
+        self.recorded += 1
+        result = step()
+        return result, lambda: result.copy_(step())
+
+
+def engine(name: str = "llama-tied", **more: object) -> TransformersEngine:
+    options = {"temperature": 1.0, "max_new_tokens": 40} | more
+    return TransformersEngine(tiny_models.make_model(name), (0, 7), **options)
+
+
+def recording(name: str = "llama-tied", **more: object) -> tuple[TransformersEngine, Again]:
+    served, again = engine(name, **more), Again()
+    assert served._graphs is None  # on a CPU
+    served._graphs = Graphs(served._decoder, again)
+    return served, again
+
+
+def same(served: TransformersEngine, plain: TransformersEngine, n: int, seed: int = 0) -> None:
+    asked = tiny_models.make_requests(n, seed=seed)
+    for a, b in zip(served.generate(asked), plain.generate(asked), strict=True):
+        assert a.response_ids.tolist() == b.response_ids.tolist()
+        np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama-tied", "qwen2-tied", "qwen3-untied"])
+@pytest.mark.parametrize("slots", [1, 3, 8])
+def test_responses_are_the_same(name, slots, monkeypatch):
+    """More requests than slots: rows fall and rise again, and no number of them but 8 is a recorded one."""
+    monkeypatch.setattr(graphs, "WIDTH", 16)
+    served, again = recording(name, slots=slots)
+    same(served, engine(name, slots=slots), 21)
+    sizes = [1, 2, 4, 8][: slots.bit_length()] if slots != 3 else [1, 2, 3]
+    assert {rows for rows, _ in served._graphs._steps} <= set(sizes)
+    assert {length % 16 for _, length in served._graphs._steps} <= {0, served._room.room % 16}
+    assert again.recorded == len(served._graphs._steps) <= len(sizes) * 5  # 64 tokens and what is over
+
+
+def test_steps_are_recorded_once_and_anew_in_other_memory():
+    served, again = recording(slots=4)
+    same(served, engine(slots=4), 8)
+    first = again.recorded
+    same(served, engine(slots=4), 8)
+    assert again.recorded == first
+    longer = [served._make_room(4, served._room.room + 1), served._room][1]
+    same(served, engine(slots=4), 8)
+    assert served._graphs._slots is longer and again.recorded > first
+
+
+def test_new_weights_in_the_old_memory_are_used():
+    served, other = recording()[0], tiny_models.make_model("llama-tied", seed=1)
+    same(served, engine(), 6)
+    with torch.no_grad():
+        for name, tensor in other.named_parameters():
+            served.live_tensors()[name].copy_(tensor)
+    served.use_weights()
+    same(served, TransformersEngine(other, (0, 7), temperature=1.0, max_new_tokens=40), 6)
+
+
+class Broken(Again):
+    def __call__(self, step: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], Any]]:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+
+class Wrong(Again):
+    def __call__(self, step: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], Any]]:
+        result = step()
+        return result, lambda: result.mul_(1.01)  # of the memory of another recording, say
+
+
+@pytest.mark.parametrize("record", [Broken, Wrong])
+def test_what_cannot_be_recorded_is_launched_and_told(record, tmp_path, monkeypatch, capsys):
+    from rollout.engines import transformers_engine
+
+    folder = str(tiny_models.save_model(tmp_path / "m"))
+    monkeypatch.setattr(transformers_engine, "OnCuda", record)
+    monkeypatch.setattr(transformers_engine, "GRAPHS_ON", ("cpu",))
+    options = {"dtype": "float32", "device": "cpu", "temperature": 1.0, "max_new_tokens": 40}
+    served = TransformersEngine.load(folder, (0, 7), **options)
+    assert served.in_slots and served._graphs is None and served._decoder is not None
+    assert "LlamaForCausalLM cannot be recorded as CUDA graphs here" in capsys.readouterr().out
+    monkeypatch.setattr(transformers_engine, "OnCuda", Again)
+    served = TransformersEngine.load(folder, (0, 7), **options)
+    assert served._graphs is not None and not served.left and capsys.readouterr().out == ""
