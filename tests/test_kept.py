@@ -196,6 +196,7 @@ def test_a_thousand_responses_before_and_after_a_weight_sync(name, temperature, 
     stats = it.update(credited(cfg, it, batch))
     assert stats["ppo/ratio_mean"] == pytest.approx(1, abs=1e-5) and abs(stats["ppo/approx_kl"]) < 1e-6
     send(WeightReceiver(served.live_tensors), it.export_weights(), 1)
+    served.use_weights()
     again, means = it.annotate(TrainBatch.collate(tiny_models.roll_out(served, n)))
     assert means["logprob_diff/max"] <= 1e-5
     assert (again.old_logprobs - again.ref_logprobs).abs().max() > 1e-3  # the engine has other weights than at first

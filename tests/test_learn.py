@@ -81,6 +81,7 @@ def trained(cfg: Config, components: dict[str, Component]) -> list[np.ndarray]:
             exported = it.export_weights()
             for name, live in engine.live_tensors().items():
                 live.copy_(exported[name])
+        engine.use_weights()
         trajectories = write(engine, components, step)
         written.append(np.stack([t.response_ids for t in trajectories]))
         if step == cfg.run.steps:

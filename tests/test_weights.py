@@ -231,6 +231,7 @@ class Transport:
 
     def commit(self, probe, verify):
         digest = self.receiver.commit(self.digests) if self.deliver else version_digest(self.manifest, self.digests)
+        self.engine.use_weights()
         logprobs = self.engine.logprobs(probe.prompt_ids, probe.response_ids)
         verify(
             self.alter(

@@ -68,7 +68,8 @@ def root(tmp_path_factory) -> Iterator[Path]:
 
 def within(root: Path, line: str, timeout_s: float) -> subprocess.CompletedProcess:
     """A line of bash in the checkout in `root`, in namespaces of its own: mounts and processes end with it."""
-    mounts = [f"mount -t proc proc {root}/proc", f"mount --rbind /dev {root}/dev"]
+    # Onto itself first, so that it has a line in the table of mounts, as every root has.
+    mounts = [f"mount --bind {root} {root}", f"mount -t proc proc {root}/proc", f"mount --rbind /dev {root}/dev"]
     mounts += [f"mkdir -p {root}{path} && mount --bind -o ro {path} {root}{path}" for path in local_packages()]
     passed = [f"{k}={v}" for k, v in os.environ.items() if k.startswith(PASSED_ON)]
     inner = shlex.join(
