@@ -2,7 +2,7 @@
 what is saved where a chunk is handed on in parts (`rollout.stream_size`).
 
     python benchmarks/staleness.py --json docs/img/staleness.json             # all, about 25 minutes on two cores
-    python benchmarks/staleness.py --json out.json --only curves --seeds 3
+    python benchmarks/staleness.py --json out.json --only curves --seeds 3 --set ppo.stop_kl=0.03
     python benchmarks/staleness.py --json out.json --only overlap
     python benchmarks/staleness.py --json out.json --only parts
 
@@ -42,12 +42,12 @@ def curve(run: Finished) -> dict[int, float]:
     return {row["step"]: row["eval/reward/total"] for row in run.rows if "eval/reward/total" in row}
 
 
-def curves(folder: Path, seeds: int, steps: int) -> list[dict[str, Any]]:
+def curves(folder: Path, seeds: int, steps: int, more: dict[str, str]) -> list[dict[str, Any]]:
     rows = []
     for seed in range(seeds):
         for staleness in (0, 1) if seed % 2 == 0 else (1, 0):
             settings = {"run.seed": seed, "run.steps": steps, "run.eval_every": EVAL_EVERY, "run.save_every": 1000}
-            settings |= {"rollout.max_staleness": staleness, "data.eval_prompts": 256}
+            settings |= {"rollout.max_staleness": staleness, "data.eval_prompts": 256} | more
             run = train_unless_done(folder / f"cards-{staleness}-{seed}", CARDS, settings)
             if run.exit_code:
                 raise SystemExit(f"a run failed:\n{run.last_words}")
@@ -138,6 +138,9 @@ def main() -> int:
     parser.add_argument(
         "--latency", type=float, default=2.0, help="seconds that the rewards of a step take (default 2)"
     )
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="of all runs on cards, e.g. optim.lr=3e-4"
+    )
     parser.add_argument("--out", type=Path, help="folder for the run folders (default: a temporary one)")
     args = parser.parse_args()
     found: dict[str, Any] = {"circumstances": circumstances()}
@@ -146,7 +149,7 @@ def main() -> int:
         folder = (args.out or Path(scratch)).absolute()
         folder.mkdir(parents=True, exist_ok=True)
         if args.only in (None, "curves"):
-            found["curves"] = curves(folder, args.seeds, args.steps)
+            found["curves"] = curves(folder, args.seeds, args.steps, dict(pair.split("=", 1) for pair in args.set))
             found["judged"] = judged(found["curves"])
             heads = ["update", "on-policy, seeds", "mean", "stale by 1: mean", "worst seed", "within"]
             lines = [
