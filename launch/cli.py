@@ -56,7 +56,8 @@ def train(argv: list[str]) -> int:
         return 0
     columns = early.refuse(cfg)
     prepare_hub(cfg)
-    users_code.check_apart(cfg, columns)
+    if args.accelerate is None:  # else it may want what only the launcher sets, LOCAL_RANK for one
+        users_code.check_apart(cfg, columns)
     return launch(argv, args, cfg)
 
 

@@ -15,15 +15,19 @@ if [ "$(cat .venv/installed 2>/dev/null)" != "$wanted" ]; then
         echo "tokenppo needs Python 3.11 or newer; set PYTHON to one, this is: $("${PYTHON:-python3}" --version 2>&1)" >&2
         exit 2
     }
-    # Debian and Ubuntu keep it in a package of its own; a .venv without it would be there and have no pip.
-    if [ ! -x "$python" ] && ! "${PYTHON:-python3}" -c 'import ensurepip' 2> /dev/null; then
-        if [ -n "${PYTHON-}" ] || [ "$(id -u)" != 0 ] || ! command -v apt-get > /dev/null; then
+    # Debian and Ubuntu keep ensurepip in a package of its own; a .venv made without it is there and has no pip.
+    has_pip() { "$python" -m pip --version > /dev/null 2>&1; }
+    makes_environments() { "${PYTHON:-python3}" -c 'import ensurepip' 2> /dev/null; }
+    if ! has_pip && ! makes_environments; then
+        if [ -z "${PYTHON-}" ] && [ "$(id -u)" = 0 ] && command -v apt-get > /dev/null; then
+            echo "this python3 makes no environments: apt-get install python3-venv"
+            apt-get update --quiet=2
+            DEBIAN_FRONTEND=noninteractive apt-get install --quiet=2 --yes --no-install-recommends python3-venv > /dev/null
+        fi
+        makes_environments || {
             echo "$(command -v "${PYTHON:-python3}") makes no environments; install python3-venv, or set PYTHON to one that does" >&2
             exit 2
-        fi
-        echo "this python3 makes no environments: apt-get install python3-venv"
-        apt-get update --quiet=2
-        DEBIAN_FRONTEND=noninteractive apt-get install --quiet=2 --yes --no-install-recommends python3-venv > /dev/null
+        }
     fi
     echo "installing into .venv (2 GB with a CPU build of torch, 6 GB with a CUDA build; once)"
     if [ -n "$lock" ]; then
@@ -31,6 +35,7 @@ if [ "$(cat .venv/installed 2>/dev/null)" != "$wanted" ]; then
         "$python" -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
     else
         [ -x "$python" ] || "${PYTHON:-python3}" -m venv .venv
+        has_pip || "$python" -m ensurepip > /dev/null
         # pip would compile 23,000 files. What a run imports, a fifth of them, is compiled here: where
         # PYTHONDONTWRITEBYTECODE is set each process of each run would else do it again, ten seconds.
         pip=("$python" -m pip install --quiet --disable-pip-version-check --no-compile)

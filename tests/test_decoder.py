@@ -108,6 +108,24 @@ def test_a_window_is_no_business_of_slots():
     assert worst_error(served)[0] < 1e-5
 
 
+def test_a_class_that_is_made_otherwise_writes_by_its_own_forward():
+    """A norm of another transformers, whose epsilon has another name."""
+
+    class Norm(nn.Module):
+        def __init__(self, of: nn.Module) -> None:
+            super().__init__()
+            self.weight, self.eps = of.weight, of.variance_epsilon
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return nn.functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+    model = make(KINDS["llama"])
+    model.model.norm = Norm(model.model.norm)
+    served = engine(model)
+    assert served.in_slots and served._decoder is None and served.own_forward
+    assert worst_error(served)[0] < 1e-5
+
+
 def test_a_forward_that_differs_is_found_when_the_model_is_loaded(tmp_path, monkeypatch, capsys):
     """Another transformers may compute a known class otherwise."""
     plain, folder = Decoder.logits, str(tiny_models.save_model(tmp_path / "m"))

@@ -3,6 +3,8 @@
 A CPU has no graphs, so that a step is called again here where a GPU replays it; tests/gpu has the rest.
 """
 
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -10,9 +12,10 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 import tiny_models
-from rollout.engines import graphs
+from rollout.engines import graphs, transformers_engine
 from rollout.engines.graphs import Graphs
 from rollout.engines.transformers_engine import TransformersEngine
 
@@ -37,7 +40,7 @@ def engine(name: str = "llama-tied", **more: object) -> TransformersEngine:
 def recording(name: str = "llama-tied", **more: object) -> tuple[TransformersEngine, Again]:
     served, again = engine(name, **more), Again()
     assert served._graphs is None  # on a CPU
-    served._graphs = Graphs(served._decoder, again)
+    served._graphs = Graphs(served._decoder, lambda: again)
     return served, again
 
 
@@ -93,17 +96,49 @@ class Wrong(Again):
         return result, lambda: result.mul_(1.01)  # of the memory of another recording, say
 
 
-@pytest.mark.parametrize("record", [Broken, Wrong])
-def test_what_cannot_be_recorded_is_launched_and_told(record, tmp_path, monkeypatch, capsys):
-    from rollout.engines import transformers_engine
-
-    folder = str(tiny_models.save_model(tmp_path / "m"))
+@pytest.mark.parametrize(("record", "why"), [(Broken, "no CUDA graph of 2 rows (operation"), (Wrong, "other numbers")])
+def test_what_cannot_be_recorded_is_launched_and_told(record, why, tmp_path, monkeypatch, capsys):
+    folder, plain = str(tiny_models.save_model(tmp_path / "m")), engine()
     monkeypatch.setattr(transformers_engine, "OnCuda", record)
     monkeypatch.setattr(transformers_engine, "GRAPHS_ON", ("cpu",))
     options = {"dtype": "float32", "device": "cpu", "temperature": 1.0, "max_new_tokens": 40}
     served = TransformersEngine.load(folder, (0, 7), **options)
-    assert served.in_slots and served._graphs is None and served._decoder is not None
-    assert "LlamaForCausalLM cannot be recorded as CUDA graphs here" in capsys.readouterr().out
+    assert served.in_slots and served._decoder is not None and not served.own_forward
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("decode steps")]
+    assert len(told) == 1 and why in told[0]
+    same(served, plain, 8)
     monkeypatch.setattr(transformers_engine, "OnCuda", Again)
     served = TransformersEngine.load(folder, (0, 7), **options)
-    assert served._graphs is not None and not served.left and capsys.readouterr().out == ""
+    assert served._graphs is not None and served._graphs.given_up is None
+    assert "decode steps" not in capsys.readouterr().out
+
+
+def test_one_recording_that_fails_later_ends_nothing(monkeypatch, capsys):
+    """Of more rows than the model was tried with, say: there is no memory left for them."""
+    served, again = recording(slots=8)
+    plain = Again.__call__
+    monkeypatch.setattr(
+        Again, "__call__", lambda self, step: Broken()(step) if self.recorded == 2 else plain(self, step)
+    )
+    same(served, engine(slots=8), 21)
+    assert again.recorded == 2 and "not permitted" in served._graphs.given_up and not served._graphs._steps
+    assert len(capsys.readouterr().out.splitlines()) == 1
+
+
+def test_the_old_room_is_gone_before_the_new_one_is_made():
+    served = recording(slots=4)[0]
+    same(served, engine(slots=4), 8)
+    old = weakref.ref(served._room)
+    served._make_room(4, served._room.room + 1)
+    gc.collect()
+    assert old() is None
+
+
+def test_rotations_that_ask_how_far_the_furthest_token_is_are_not_recorded():
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    dynamic = {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 2.0}
+    kinds = {
+        kind: AutoModelForCausalLM.from_config(LlamaConfig(**sizes, vocab_size=99, rope_parameters=rope))
+        for kind, rope in (("plain", None), ("dynamic", dynamic))
+    }
+    assert Graphs.can(kinds["plain"]) and not Graphs.can(kinds["dynamic"])

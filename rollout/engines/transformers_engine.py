@@ -172,18 +172,13 @@ class TransformersEngine:
         # Models without absolute or rotary positions (ALiBi) take none; they read the attention mask.
         self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
         self._packed = PackedLinears(model)
-        self._decoder = Decoder(model) if Decoder.fits(model) else None
         self._room: Slots | None = None  # kept between calls: new memory is slow at its first touch
-        self._graphs = None
-        if self._decoder is not None and self.device.type in GRAPHS_ON:
-            self._graphs = Graphs(self._decoder, OnCuda())
-        # What is quicker is left where it does not compute what the model does.
-        self.in_slots, self.left = self._reads_slots(), []
-        for quicker in ("_graphs", "_decoder"):
-            if not self.in_slots and getattr(self, quicker) is not None:
-                setattr(self, quicker, None)
-                self.in_slots = self._reads_slots()
-                self.left.append(quicker)
+        self._decoder = self._graphs = None
+        self.own_forward = False  # whether a class that decoder.py knows is one that it does not compute
+        if Decoder.fits(model):
+            self._use_decoder()
+        if self._decoder is None:
+            self.in_slots = self._reads_slots()
 
     @classmethod
     def load(
@@ -208,11 +203,28 @@ class TransformersEngine:
         name = type(model).__name__  # Ray shows what is printed to whoever started the run
         if not engine.in_slots:
             print(f"{name} cannot be read in slots: responses are written side by side, slower, with the same ids")
-        elif "_decoder" in engine.left:
+        elif engine.own_forward:
             print(f"{name} of this transformers is not what decoder.py computes: its own forward writes, slower")
-        elif "_graphs" in engine.left:
-            print(f"{name} cannot be recorded as CUDA graphs here: each step is launched anew, slower")
         return engine
+
+    def _use_decoder(self) -> None:
+        """Where it computes what the model does; and recorded, where a recording does too."""
+        try:
+            self._decoder = Decoder(self.model)
+        except AttributeError:  # of another transformers
+            self.own_forward = True
+            return
+        if self.device.type in GRAPHS_ON and Graphs.can(self.model):
+            self._graphs = Graphs(self._decoder, OnCuda)
+        self.in_slots = self._reads_slots()
+        if not self.in_slots and self._graphs is not None:
+            self._graphs.forget()
+            self._graphs = None
+            self.in_slots = self._reads_slots()
+            if self.in_slots:
+                print("decode steps are launched one by one, slower: recorded as CUDA graphs they give other numbers")
+        if not self.in_slots:
+            self._decoder, self.own_forward = None, True
 
     def live_tensors(self) -> dict[str, Tensor]:
         return named_tensors(self.model)
@@ -354,6 +366,8 @@ class TransformersEngine:
     def _make_room(self, n_slots: int, room: int) -> Slots:
         if self._room is None or self._room.n_slots < n_slots or self._room.room < room:
             self._room = None  # before the new one is made
+            if self._graphs is not None:
+                self._graphs.forget()
             self._room = Slots(n_slots, room)
         return self._room
 
@@ -374,8 +388,10 @@ class TransformersEngine:
                     token = torch.stack([r[i] for r in rows]).to(self.device)
                     found.append(self._next_logits(token, place, slots).clone())
                     place = place + 1
-        except (NotImplementedError, TypeError, ValueError, RuntimeError):
-            return False  # it does not hand `step` on, or wants something that such attention has not
+        except (NotImplementedError, TypeError, ValueError, RuntimeError, AttributeError, LookupError):
+            return (
+                False  # it does not hand `step` on, wants something that such attention has not, or is made otherwise
+            )
         tolerance = 1e-4 if self.model.dtype == torch.float32 else 5e-2
         off = (torch.stack(found, dim=1) - expected).abs().max()
         return bool(off <= tolerance * expected.abs().max().clamp(min=1e-3))

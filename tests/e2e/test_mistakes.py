@@ -402,6 +402,62 @@ def test_a_component_whose_import_kills_its_process_is_left_to_the_learner(task,
         users_code.check_apart(config.load(Path("config.yaml"), {"rewards.mine.fn": "rewards.py:absent"}), None)
 
 
+STARTS_A_SERVER = """
+import multiprocessing, pathlib, subprocess
+multiprocessing.set_start_method("spawn")
+server = subprocess.Popen(["sleep", "600"], start_new_session=True)
+pathlib.Path("pid").write_text(str(server.pid))
+def f(completions, **_):
+    return [0.0] * len(completions)
+"""
+
+
+LOOK = """
+import pathlib, sys
+import psutil
+from core import config
+from launch import users_code
+users_code.check_apart(config.load(pathlib.Path("config.yaml"), {"rewards.mine.fn": sys.argv[1]}), None)
+assert not psutil.Process().children(recursive=True)
+"""
+
+
+@pytest.mark.slow
+def test_what_a_component_starts_when_it_is_imported_ends_with_the_look_at_it(task):
+    """The learner and the reward server import it again, and would find its port taken."""
+    (task / "starts.py").write_text(STARTS_A_SERVER)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    line = [sys.executable, "-P", "-c", LOOK, "starts.py:f"]
+    done = subprocess.run(line, cwd=task, env=environment, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert not psutil.pid_exists(int((task / "pid").read_text()))
+
+
+@pytest.mark.slow
+def test_a_killed_command_takes_the_look_with_it(task):
+    (task / "slow.py").write_text(SLOW_TO_IMPORT)
+    (task / "home").mkdir()
+    line = [
+        sys.executable,
+        "-P",
+        "-m",
+        "tokenppo",
+        "train",
+        "--config",
+        "config.yaml",
+        "--rewards.mine.fn",
+        "slow.py:f",
+    ]
+    environment = os.environ | {"HOME": str(task / "home"), "PYTHONPATH": str(ROOT)}
+    started = subprocess.Popen(line, cwd=task, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not ((task / "pid").exists() and (task / "pid").read_text()):
+        assert started.poll() is None
+    look = psutil.Process(int((task / "pid").read_text()))
+    started.kill()
+    started.wait()
+    look.wait(timeout=10)  # raises TimeoutExpired where it goes on
+
+
 def test_held_out_prompts_that_are_trained_on_are_told_before_the_start(task, monkeypatch, capfd):
     monkeypatch.chdir(task)
     (task / "held.jsonl").write_text('{"prompt": "the cat sat"}\n{"prompt": "the mat sat"}\n')

@@ -37,9 +37,11 @@ def worst_error(served: TransformersEngine, n: int = 24) -> float:
 @pytest.mark.parametrize("name", ["llama-tied", "llama-untied", "qwen2-tied", "qwen3-untied"])
 def test_steps_are_recorded_and_right(name, dtype):
     served = engine(name, dtype)
-    assert served.in_slots and served._graphs is not None and served.left == []
-    assert worst_error(served) < (1e-4 if dtype == torch.float32 else 0.5)
-    assert len(served._graphs._steps) > 2
+    assert served.in_slots and served._graphs is not None
+    for room in (0, 1):  # the first one was made when the model was loaded, for other memory
+        served._room = None if room else served._room
+        assert worst_error(served) < (1e-4 if dtype == torch.float32 else 0.5)
+        assert len(served._graphs._steps) > 2 and served._graphs.given_up is None
 
 
 def test_recorded_steps_give_the_ids_of_launched_ones():
