@@ -385,6 +385,7 @@ time.sleep(600)
 """
 
 
+@pytest.mark.slow
 def test_a_component_that_takes_long_to_import_is_left_to_the_learner(task, monkeypatch, capfd):
     monkeypatch.chdir(task)
     monkeypatch.setattr(users_code, "PATIENCE_S", 1.0)
@@ -394,6 +395,7 @@ def test_a_component_that_takes_long_to_import_is_left_to_the_learner(task, monk
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.slow
 def test_a_component_whose_import_kills_its_process_is_left_to_the_learner(task, monkeypatch):
     monkeypatch.chdir(task)
     (task / "dies.py").write_text("import os\nos._exit(3)\n")
