@@ -79,8 +79,8 @@ class Graphs:
         length = min(-(-(int(place.max()) + 1) // WIDTH) * WIDTH, slots.room)
         step = self._steps.get((rows, length))
         if step is None and self.given_up is None:
-            step = self._steps[rows, length] = self._recorded(rows, length, token, place, slots)
-        if self.given_up is not None:
+            step = self._recorded(rows, length, token, place, slots)
+        if step is None:
             return self._decoder.logits(token, place, Tokens(slots, place))
         _fill((step.token, step.place), (token, place))
         step.again()
@@ -97,7 +97,8 @@ class Graphs:
             self.given_up = (str(error).splitlines() or [type(error).__name__])[0]
             print(f"decode steps are launched one by one, slower: no CUDA graph of {rows} rows ({self.given_up})")
             return None
-        return _Step(*at, logits, again)
+        self._steps[rows, length] = _Step(*at, logits, again)
+        return self._steps[rows, length]
 
 
 def _fill(kept: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor]) -> None:
