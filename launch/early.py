@@ -184,7 +184,7 @@ def refuse_prompts(cfg: Config, config: dict[str, Any] | None) -> set[str] | Non
 
     Gives the columns that rewards get in training; None where not all was read, or `data.augment` may make others.
     """
-    from rollout.prompts import Place, columns_of, load_rows, load_training_rows, split_off, training_order
+    from rollout.prompts import Place, columns_of, load_rows, load_training_rows
 
     data, limit = cfg.data, cfg.data.max_prompt_tokens
     window = (config or {}).get("max_position_embeddings") or (config or {}).get("n_positions")
@@ -197,10 +197,7 @@ def refuse_prompts(cfg: Config, config: dict[str, Any] | None) -> set[str] | Non
         rows, places = load_training_rows(data)
         refuse_reserved(rows, data.prompt_column)
         _refuse_rows(cfg, config, rows, places, tokenizer, limit)
-        if data.eval_frac:
-            kept, _ = split_off(rows, places, data)
-            rows, places = [rows[i] for i in kept], [places[i] for i in kept]
-        training_order(rows, places, data, cfg.run.seed)
+        rows, _ = _trained_on(cfg, rows, places)
         columns = columns_of(rows, data.prompt_column) if data.augment is None else None
     if data.eval_path is not None and _is_quickly_read(data.eval_path):
         rows = load_rows(data.eval_path, data.eval_split, "data.eval_path")
@@ -212,6 +209,16 @@ def refuse_prompts(cfg: Config, config: dict[str, Any] | None) -> set[str] | Non
         refuse_reserved(rows, data.prompt_column)
         _refuse_rows(cfg, config, rows, [Place("data.eval_path", i) for i in range(len(rows))], tokenizer, limit)
     return columns
+
+
+def _trained_on(cfg: Config, rows: list[dict], places: list) -> tuple[list[dict], Any]:
+    """The rows that are not held out, and their order. Raises UserError where there is none."""
+    from rollout.prompts import split_off, training_order
+
+    if cfg.data.eval_frac:
+        kept, _ = split_off(rows, places, cfg.data)
+        rows, places = [rows[i] for i in kept], [places[i] for i in kept]
+    return rows, training_order(rows, places, cfg.data, cfg.run.seed)
 
 
 def _is_quickly_read(path: str) -> bool:
@@ -321,7 +328,7 @@ def check_rewards(cfg: Config, functions: dict[str, Callable] | None = None, col
 def check_augment(cfg: Config) -> None:
     """Raise UserError where `data.augment` cannot be loaded, or makes no row of the first prompt; where the prompts are
     not quickly read, only the first is looked for."""
-    from rollout.prompts import augmented, load_training_rows, split_off, training_order
+    from rollout.prompts import augmented, load_training_rows
 
     data = cfg.data
     if data.augment is None:
@@ -329,8 +336,5 @@ def check_augment(cfg: Config) -> None:
     augment = load_augment(data.augment)
     if all(map(_is_quickly_read, data.sources)):
         rows, places = load_training_rows(data)
-        if data.eval_frac:
-            kept, _ = split_off(rows, places, data)
-            rows, places = [rows[i] for i in kept], [places[i] for i in kept]
-        first = rows[training_order(rows, places, data, cfg.run.seed).row_at(0)]
-        augmented(augment, data.augment, first, 0, cfg.run.seed)
+        rows, order = _trained_on(cfg, rows, places)
+        augmented(augment, data.augment, rows[order.row_at(0)], 0, cfg.run.seed)

@@ -1,4 +1,4 @@
-"""One more token of every slot through a decoder of Llama's shape: the model's own numbers in a third of its calls.
+"""One more token of every slot through a decoder of Llama's shape: the model's own numbers in half of its calls.
 
 A decode step of a small model is mostly calls of small operations. Here queries, keys and values are one product, gate
 and up another, a norm is one call and a rotation three. Only for classes whose forward is known to be this one; the
