@@ -289,6 +289,21 @@ def adopt_orphans() -> None:
         ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER
 
 
+@contextmanager
+def orphans_adopted() -> Iterator[None]:
+    """`adopt_orphans` for the length of the block: who does not wait for what it adopts collects zombies."""
+    if sys.platform != "linux":
+        yield
+        return
+    libc, before = ctypes.CDLL(None), ctypes.c_int()
+    libc.prctl(37, ctypes.byref(before))  # PR_GET_CHILD_SUBREAPER
+    adopt_orphans()
+    try:
+        yield
+    finally:
+        libc.prctl(36, before.value)
+
+
 def die_with_parent(parent: int) -> None:
     """Ask Linux for SIGTERM when the parent of this process dies, so that a killed command leaves no orphans.
 

@@ -28,9 +28,17 @@ def check(cfg: Config, columns: set[str] | None) -> None:
 
 def check_apart(cfg: Config, columns: set[str] | None) -> None:
     """`check` in a process of its own, whose answer is waited for no longer than PATIENCE_S."""
+    with cluster.orphans_adopted():  # what it starts and leaves behind can be found then
+        said = _ask(cfg, columns)
+    refusal = json.loads(said) if said.endswith(b"\n") else None  # else it died, or is at work: the learner will say
+    if refusal is not None:
+        raise UserError(refusal)
+
+
+def _ask(cfg: Config, columns: set[str] | None) -> bytes:
+    """Fork, and return what the child says, empty where it died and unfinished where it is still at work."""
     import psutil
 
-    cluster.adopt_orphans()  # what it starts and leaves behind can be found then
     before = {child.pid for child in psutil.Process().children()}
     reading, writing = os.pipe()
     parent = os.getpid()
@@ -43,13 +51,10 @@ def check_apart(cfg: Config, columns: set[str] | None) -> None:
             os._exit(0)
     os.close(writing)
     try:
-        said = _read(reading)
+        return _read(reading)
     finally:
         os.close(reading)
         _end(pid, before)
-    refusal = json.loads(said) if said.endswith(b"\n") else None  # else it died, or is at work: the learner will say
-    if refusal is not None:
-        raise UserError(refusal)
 
 
 def _read(pipe: int) -> bytes:
