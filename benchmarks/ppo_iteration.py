@@ -3,6 +3,7 @@
     python benchmarks/ppo_iteration.py                                    # the cards task, about a minute
     python benchmarks/ppo_iteration.py --config my.yaml --steps 30
     python benchmarks/ppo_iteration.py --out runs/iteration               # keep the run folder
+    python benchmarks/ppo_iteration.py --against rollout.emit_values=true # the same with another setting, in turns
 
 The run is a real one, by the command. Seconds are the `time/<phase>` of its metrics.jsonl: medians over the steps, the
 first two left out. An evaluation is no part of an iteration and is left out too.
@@ -10,6 +11,9 @@ first two left out. An evaluation is no part of an iteration and is left out too
 Memory is the proportional set size (PSS: shared pages count once, divided among those who share them) of the command
 and all its descendants, read twice a second by a thread of this script. Reading walks the page tables of every
 process, which costs CPU time that the run would use (the last line says how much); `--no-memory` does without.
+
+`--against` runs both ways `--turns` times, one after the other and the other way round in the next turn, without
+reading memory: seconds are medians over all steps of a way, ratios the median of those of each turn.
 """
 
 import argparse
@@ -19,6 +23,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 from train_command import CARDS, Finished, circumstances, table, train
@@ -107,15 +112,55 @@ def report(run: Finished) -> str:
     )
 
 
+def compared(of_turns: list[tuple[list[dict[str, float]], list[dict[str, float]]]]) -> str:
+    """The table of phases of two ways: for each turn the steps of both, as `phase_seconds` has them."""
+
+    def middle(steps: list[dict[str, float]], phase: str) -> float:
+        return statistics.median(step[phase] for step in steps)
+
+    lines = []
+    for phase in [*PHASES, "total"]:
+        one, other = (middle([step for turn in of_turns for step in turn[way]], phase) for way in (0, 1))
+        ratios = [middle(b, phase) / middle(a, phase) for a, b in of_turns if middle(a, phase) > 0]
+        lines.append([phase, f"{one:.3f}", f"{other:.3f}", f"{statistics.median(ratios):.2f}" if ratios else ""])
+    return table(["phase", "seconds", "with it", "ratio"], lines)
+
+
+def in_turns(
+    config: Path, settings: dict[str, Any], against: dict[str, str], n: int
+) -> list[tuple[list[dict[str, float]], list[dict[str, float]]]]:
+    """What `compared` takes. Raises SystemExit where a run fails."""
+    turns = []
+    with tempfile.TemporaryDirectory() as scratch:
+        for turn in range(n):
+            steps: dict[int, list[dict[str, float]]] = {}
+            for way in (0, 1) if turn % 2 == 0 else (1, 0):
+                done = train(Path(scratch) / f"turn-{turn}-{way}", config, settings | (against if way else {}))
+                if done.exit_code:
+                    raise SystemExit(f"a run failed:\n{done.last_words}")
+                steps[way] = phase_seconds(done)
+                print(f"turn {turn + 1} of {n}, {'with it' if way else 'without'}: done", file=sys.stderr, flush=True)
+            turns.append((steps[0], steps[1]))
+    return turns
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=CARDS, help="default: configs/cards.yaml")
     parser.add_argument("--steps", type=int, default=12, help="PPO updates (default 12)")
     parser.add_argument("--out", type=Path, help="run folder to keep, which must be new")
     parser.add_argument("--no-memory", action="store_true", help="do not read the memory of the processes")
+    parser.add_argument("--against", action="append", metavar="KEY=VALUE", help="another way, in turns; repeatable")
+    parser.add_argument("--turns", type=int, default=3, help="of --against (default 3)")
     args = parser.parse_args()
     if args.steps <= WARM_UP_STEPS:
         parser.error(f"--steps must be more than {WARM_UP_STEPS}, the steps that are left out; got {args.steps}")
+    if args.against:
+        against = dict(pair.split("=", 1) for pair in args.against)
+        turns = in_turns(args.config, {"run.steps": args.steps, "run.eval_every": args.steps}, against, args.turns)
+        print(f"{circumstances()}: {args.config.name}, {args.steps} steps, {args.turns} turns, with {against}\n")
+        print(compared(turns))
+        return 0
     memory = PeakMemory()
     with tempfile.TemporaryDirectory() as scratch:
         folder = args.out or Path(scratch) / "iteration"

@@ -10,7 +10,7 @@ So a file can be exploded column by column, with any tool that reads Parquet (do
 |---|---|---|
 | prompt_text, response_text | string | as the tokenizer decodes them; special tokens are in the prompt alone |
 | tokens | [T] string | the characters of each token: `offset_starts` and `offset_ends` cut out of response_text |
-| old_logprobs | [T] float32 | of the policy before the step, computed by the learner |
+| old_logprobs | [T] float32 | of the policy before the step, by the learner, or by workers that give values too |
 | new_logprobs | [T] float32 | of the policy in the last pass over the batch that was made, when the token's turn came |
 | ref_logprobs | [T] float32 | of the reference, by whomever |
 | values | [T] float32 | of the state before each token |
@@ -44,7 +44,7 @@ from core import trajectory_table
 from core.faults import UserError
 
 FOLDER = "ledger"
-VERSION_KEY, VERSION, STEP_KEY = b"tokenppo.ledger", b"2", b"tokenppo.step"
+VERSION_KEY, VERSION, STEP_KEY = b"tokenppo.ledger", b"3", b"tokenppo.step"
 _PER_TOKEN = (
     "old_logprobs",
     "new_logprobs",

@@ -174,7 +174,8 @@ SECTIONS: dict[str, tuple[Metric, ...]] = {
         ),
         Metric(
             "objective/entropy",
-            "Entropy of the distribution that tokens are sampled from (after temperature).",
+            "Entropy of the distribution that tokens are sampled from (after temperature). With rollout.emit_values an"
+            " estimate: the mean of -log p over the tokens drawn.",
             "nats",
             "tokens",
             "falls slowly; near 0 the policy has collapsed, a rise means it is falling apart",
@@ -313,6 +314,14 @@ SECTIONS: dict[str, tuple[Metric, ...]] = {
             "exactly 1 in the first mini-batch; 0.95 to 1.05",
         ),
         Metric(
+            "value/diff_max",
+            "With rollout.emit_values: the largest distance between a worker's value and the learner's, in the first"
+            " mini-batch of the step, divided by the largest value where that is above 1.",
+            "reward",
+            "none: a maximum over states",
+            "below 1e-3 in fp32; larger means that the workers' value head is an old one",
+        ),
+        Metric(
             "value/explained_variance",
             "1 - Var(returns - values) / Var(returns), values from before the update.",
             "1",
@@ -379,14 +388,14 @@ SECTIONS: dict[str, tuple[Metric, ...]] = {
         Metric(
             "logprob_diff/mean",
             "Distance between rollout_logprobs and old_logprobs, both under the same weights: tokens of an older policy"
-            " are left out, and steps that have no others.",
+            " are left out, and steps that have no others. With rollout.emit_values of the first mini-batch.",
             "nats",
             "tokens",
             "below 1e-5 in fp32; larger means that workers and learner do not run the same model",
         ),
         Metric(
             "logprob_diff/max",
-            "The largest distance between rollout_logprobs and old_logprobs of the step.",
+            "The largest distance between rollout_logprobs and old_logprobs of the step, or of its first mini-batch.",
             "nats",
             "none: a maximum over tokens",
             "below 1e-3 in fp32",

@@ -198,6 +198,10 @@ class RolloutConfig(Section):
     trained on first, the others later; none is thrown away."""
     slots: int = Field(64, ge=1)
     """Most responses that a worker writes side by side. No id depends on it; memory for keys and values does."""
+    emit_values: bool = False
+    """Workers say the value of each state with its token, by a copy of the value head. The learner then takes their
+    values and log-probs and leaves its own forward before the update out; the first mini-batch shows whether they agree
+    (docs/rollout.md)."""
     environment: str | None = Field(None, min_length=1)
     """`file.py:Class` or `package.module:Class`: what answers the policy between its turns, a tool or a user. Its
     `step` gets what the response holds so far, and gives the text to go on after, or None when the response is over."""
@@ -277,6 +281,14 @@ class RolloutConfig(Section):
         if self.stream_size is not None and self.stream_size >= self.chunk_size:
             remedy = f"does nothing: a worker has rollout.chunk_size = {self.chunk_size} at a time"
             refuse("stream_size", self.stream_size, f"{remedy}; give less, or leave it out")
+        if self.emit_values:
+            others = ("max_staleness", self.max_staleness, "learns from what older weights wrote")
+            others = (others, ("round_tokens", self.round_tokens, "goes on with what older weights began"))
+            others = (*others, ("environment", self.environment, "puts tokens between those of the policy"))
+            for leaf, value, why in others:
+                if value:
+                    remedy = f"rollout.{leaf} = {value} {why}, of which only the learner has values"
+                    refuse("emit_values", "true", f"{remedy}; take one of the two away")
         if self.in_rounds:
             if self.round_tokens >= self.max_new_tokens:
                 remedy = f"does nothing: no response is longer than rollout.max_new_tokens = {self.max_new_tokens}"
@@ -650,6 +662,17 @@ class Config(Section):
             refuse("rollout.stop_strings", self.rollout.stop_strings, remedy)
         elif self.run.deterministic:
             refuse("run.deterministic", "true", "vLLM repeats no bits; take one away, this or rollout.engine vllm")
+        if self.rollout.emit_values:
+            apart, cap = self.model.value in ("lora", "separate"), self.ppo.importance_cap
+            for key, value, is_other, why in (
+                ("rollout.engine", self.rollout.engine, self.rollout.engine == "vllm", "gives no states"),
+                ("model.value", self.model.value, apart, "reads other states than the policy's"),
+                ("model.value_heads", "components", bool(self.value_heads), "says several values of a state"),
+                ("ppo.estimator", self.ppo.estimator, not self.ppo.has_critic, "reads no values"),
+                ("ppo.importance_cap", cap, cap is not None, "wants the learner's log-probs beside the workers'"),
+            ):
+                if is_other:
+                    refuse("rollout.emit_values", "true", f"{key} = {value} {why}; take one of the two away")
         if self.data.skip_solved is not None and n == 1:
             remedy = "one sample has no variance; set rollout.n_samples_per_prompt to 2 or more, or leave it out"
             refuse("data.skip_solved", self.data.skip_solved, remedy)

@@ -109,6 +109,8 @@ class Trajectory:
     finish_reason: FinishReason | None  # rollout/worker; aborted ones are never trained on. None: it is not over yet
     finished_at: float  # rollout/worker, seconds since the epoch: for reports only, nothing is decided by it
     kept: KeptTokens | None = None  # rollout engine; None: every token was drawn from the whole vocabulary
+    rollout_values: np.ndarray | None = None  # [T] float32, rollout engine, with `rollout.emit_values`
+    rollout_bootstrap: float | None = None  # rollout engine, likewise, of a cut response: V of the state after the last
     component_rewards: dict[str, np.ndarray] = field(default_factory=dict)  # name -> [T] float64 raw, reward_server
     component_mask: dict[str, np.ndarray] = field(default_factory=dict)  # name -> [T] bool, False: does not apply
     ref_logprobs: np.ndarray | None = None  # [T] float32, reward_server, with `model.reference: reward_server`
@@ -117,6 +119,11 @@ class Trajectory:
     def __post_init__(self) -> None:
         for name in ("rollout_logprobs", "action_mask", "token_offsets", "policy_version"):
             assert len(getattr(self, name)) == len(self), f"{name} has {len(getattr(self, name))} of {len(self)} tokens"
+        if self.rollout_values is not None:
+            assert len(self.rollout_values) == len(self), f"{len(self.rollout_values)} values of {len(self)} tokens"
+            assert (self.rollout_bootstrap is not None) == (self.finish_reason == "length"), (
+                f"a response that ended by {self.finish_reason} has the bootstrap {self.rollout_bootstrap}"
+            )
         assert self.kept is None or self.kept.hold(self.response_ids, self.action_mask), (
             "a token is not among those it was drawn from"
         )

@@ -18,6 +18,8 @@ kept ids (core/trajectory.py: KeptTokens).
 | finish_reason | string | null: it is not over |
 | finished_at, scored_at | float64 | seconds since the epoch; 0.0 where it was not scored |
 | kept_ids, kept_starts | [K] int32, [T + 1] int64 | null: drawn from the whole vocabulary |
+| rollout_values | [T] float32 | null: the engine has no value head |
+| rollout_bootstrap | float64 | null: likewise, or the response was not cut |
 | component_rewards, component_mask | map of name to [T] float64, [T] bool | empty where it was not scored |
 | ref_logprobs | [T] float32 | null: not from a reward server |
 
@@ -34,7 +36,7 @@ import pyarrow as pa
 from core.faults import UserError
 from core.trajectory import KeptTokens, PromptRequest, Trajectory
 
-VERSION_KEY, VERSION = b"tokenppo.trajectories", b"1"
+VERSION_KEY, VERSION = b"tokenppo.trajectories", b"2"
 SCHEMA = pa.schema(
     [
         pa.field("ordinal", pa.int64(), nullable=False),
@@ -54,6 +56,8 @@ SCHEMA = pa.schema(
         pa.field("finished_at", pa.float64(), nullable=False),
         pa.field("kept_ids", pa.list_(pa.int32())),
         pa.field("kept_starts", pa.list_(pa.int64())),
+        pa.field("rollout_values", pa.list_(pa.float32())),
+        pa.field("rollout_bootstrap", pa.float64()),
         pa.field("component_rewards", pa.map_(pa.string(), pa.list_(pa.float64())), nullable=False),
         pa.field("component_mask", pa.map_(pa.string(), pa.list_(pa.bool_())), nullable=False),
         pa.field("ref_logprobs", pa.list_(pa.float32())),
@@ -118,6 +122,8 @@ def _row(t: Trajectory) -> dict[str, Any]:
         "finished_at": t.finished_at,
         "kept_ids": None if t.kept is None else t.kept.ids,
         "kept_starts": None if t.kept is None else t.kept.starts,
+        "rollout_values": t.rollout_values,
+        "rollout_bootstrap": t.rollout_bootstrap,
         "component_rewards": list(t.component_rewards.items()),
         "component_mask": list(t.component_mask.items()),
         "ref_logprobs": t.ref_logprobs,
@@ -146,6 +152,8 @@ def _trajectory(row: dict[str, Any]) -> Trajectory:
         finish_reason=row["finish_reason"],
         finished_at=row["finished_at"],
         kept=kept,
+        rollout_values=row["rollout_values"],
+        rollout_bootstrap=row["rollout_bootstrap"],
         component_rewards=row["component_rewards"],
         component_mask=row["component_mask"],
         ref_logprobs=row["ref_logprobs"],

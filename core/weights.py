@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 LORA_A, LORA_B = ".lora_A", ".lora_B"
+VALUE_HEAD = "value_head"  # module of the value head, where it travels beside the causal LM
 ALIGNMENT = 64  # of each tensor within one flat buffer: what torch's own allocator gives, so kernels run as ever
 
 

@@ -295,6 +295,7 @@ def engine_loader(cfg: Config, stop: tuple[int, ...], device: str) -> Callable[[
             filters=Filters(**rollout.filters) if rollout.filters else None,
             stop_strings=tuple(rollout.stop_strings),
             load_tokenizer=functools.partial(load_tokenizer, cfg.model.path),
+            values=rollout.emit_values,
             **settings,
         )
     room = response_room(cfg)

@@ -101,7 +101,10 @@ def evaluate(
 
 
 def _of(cfg: Config, policy: Policy) -> Config:
-    return cfg.model_copy(update={"model": cfg.model.model_copy(update={"path": policy.path})})
+    written_alone = cfg.rollout.model_copy(update={"emit_values": False})  # nobody reads values, or has a head for them
+    return cfg.model_copy(
+        update={"model": cfg.model.model_copy(update={"path": policy.path}), "rollout": written_alone}
+    )
 
 
 def _requests(cfg: Config, policy: Policy, base: Any, samples: int) -> list[PromptRequest]:

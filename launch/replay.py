@@ -65,11 +65,12 @@ class Subject:
 
     @property
     def tolerances(self) -> Tolerances:
-        near = Tolerances.of(self.cfg.model.dtype)
+        emitted = self.cfg.rollout.emit_values
+        near = Tolerances.of(self.cfg.model.dtype, by_workers=emitted)
         if self.why_not_exact is not None:
             return near
         others_beside = self.cfg.rollout.in_rounds or self.cfg.resources.reward_batch_size is not None
-        return Tolerances(scores=near.scores if others_beside else 0.0)
+        return Tolerances(scores=near.scores if others_beside else 0.0, forward=near.forward if emitted else 0.0)
 
 
 def replay_run(run: Path, step: int, *, as_json: bool = False, console: Console | None = None) -> int:

@@ -167,7 +167,7 @@ def _components(cfg: Config, row: dict[str, Any]) -> tuple[dict[str, RewardConfi
 def _engine(run: Path, cfg: Config, tokenizer: Any, weights: str, device: str) -> TransformersEngine:
     """The embedded one, whatever the run wrote with: one model fits where the learner's did."""
     path = load(run / "config.yaml").model.path if weights == "base" else str(_folder(run, weights))
-    embedded = cfg.rollout.model_copy(update={"engine": "transformers", "python": None})
+    embedded = cfg.rollout.model_copy(update={"engine": "transformers", "python": None, "emit_values": False})
     of_weights = cfg.model_copy(
         update={"rollout": embedded, "model": cfg.model.model_copy(update={"path": path})},
     )

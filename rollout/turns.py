@@ -32,6 +32,8 @@ class Written:
     token_offsets: np.ndarray  # [T, 2] int64
     finish_reason: FinishReason | None  # None: it is not over
     kept: KeptTokens | None  # of [T] where the engine filters, no ids where an environment wrote
+    values: np.ndarray | None  # [T] float32, with an engine that has a value head
+    bootstrap: float | None  # likewise, of a response that was cut: of the state after the last token
 
 
 class Turns:
@@ -130,4 +132,6 @@ class Turns:
             else self._map_offsets(g.response_ids)[1],
             finish_reason=reason,
             kept=g.kept,
+            values=g.values,
+            bootstrap=g.bootstrap,
         )

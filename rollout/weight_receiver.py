@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from core.faults import InvariantFault, TransitFault
-from core.weights import LORA_A, LORA_B, WeightManifest, as_bytes, bucket_digest, unpack, version_digest
+from core.weights import LORA_A, LORA_B, VALUE_HEAD, WeightManifest, as_bytes, bucket_digest, unpack, version_digest
 
 
 class WeightReceiver:
@@ -140,9 +140,11 @@ class WeightReceiver:
         """Names and shapes of an adapter of the offered rank, beside layers that are here. Where there was one
         there is one now: the layer would keep the old."""
         expected = {layer + end: () for layer in self._loaded for end in (LORA_B, LORA_A)}
+        # What stands beside the causal LM is in no checkpoint of it, and comes whole.
+        expected |= {n: tuple(x.shape) for n, x in self._live.items() if n.startswith(f"{VALUE_HEAD}.")}
         for name, shape in offered.items():
             layer = name.removesuffix(LORA_A).removesuffix(LORA_B)
-            if layer in self._live and len(shape) == self._live[layer].ndim == 2:
+            if layer != name and layer in self._live and len(shape) == self._live[layer].ndim == 2:
                 rows, columns = self._live[layer].shape
                 rank = shape[1] if name.endswith(LORA_B) else shape[0]
                 expected |= {layer + LORA_B: (rows, rank), layer + LORA_A: (rank, columns)}

@@ -94,6 +94,8 @@ class RolloutWorker:
                 finish_reason=written.finish_reason,
                 finished_at=time.time(),
                 kept=written.kept,
+                rollout_values=written.values,
+                rollout_bootstrap=written.bootstrap,
             )
             missing[requests[place].ordinal] -= 1
             whole = [i for i, t in over.items() if not missing[t.request.ordinal]]

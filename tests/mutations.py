@@ -47,6 +47,7 @@ LIBRARIES = (
 ALIGN, INVARIANCE, IDENTITY = ("tests/test_align.py",), ("tests/test_invariance.py",), ("tests/test_identity.py",)
 POISON, ENGINE = ("tests/test_poison.py",), ("tests/test_engine.py",)
 DECODER, PACKED = ("tests/test_decoder.py",), ("tests/test_packed.py",)
+EMITTED = ("tests/test_emit_values.py",)
 WEIGHTS, COMBINE, BATCH = ("tests/test_weights.py",), ("tests/test_combine.py",), ("tests/test_batch.py",)
 PPO, LOGPROBS = ("tests/test_ppo.py",), ("tests/test_logprobs.py",)
 PACKING, MODEL, HEAD = (
@@ -473,6 +474,41 @@ MUTATIONS = [
         " | {tokenizer_eos}\n",
         "\n",
         ENGINE,
+    ),
+    Mutation(
+        "a full response is done with before the value behind it is there",
+        ENGINE_PY,
+        "done = written > out.limits[request]",
+        "done = written >= out.limits[request]",
+        EMITTED,
+    ),
+    Mutation(
+        "a full response is ended by what is drawn behind it",
+        ENGINE_PY,
+        "request, written.clamp(max=self.max_new_tokens), out) & ~done",
+        "request, written.clamp(max=self.max_new_tokens), out)",
+        EMITTED,
+    ),
+    Mutation(
+        "values are those of the state after the token",
+        LEARNER_PY,
+        "values[..., 0], after[:, 0], entropy = batch.rollout_values,",
+        "values[..., 0], after[:, 0], entropy = batch.rollout_values.roll(-1, 1),",
+        EMITTED,
+    ),
+    Mutation(
+        "log-probs of workers are not held against the learner's",
+        LEARNER_PY,
+        "worst, worst_value = self.ranks",
+        "worst, worst_value = 0.0 * apart, 0.0\n        apart = 0.0\n        _ = self.ranks",
+        EMITTED,
+    ),
+    Mutation(
+        "values of workers are not held against the learner's",
+        LEARNER_PY,
+        "sums[VALUE_ERROR] = (off /",
+        "sums[VALUE_ERROR] = (0.0 * off /",
+        EMITTED,
     ),
     Mutation(
         "the decoder turns queries the other way",

@@ -128,8 +128,8 @@ def test_a_class_that_is_made_otherwise_writes_by_its_own_forward():
 
 def test_a_forward_that_differs_is_found_when_the_model_is_loaded(tmp_path, monkeypatch, capsys):
     """Another transformers may compute a known class otherwise."""
-    plain, folder = Decoder.logits, str(tiny_models.save_model(tmp_path / "m"))
-    monkeypatch.setattr(Decoder, "logits", lambda self, *args: plain(self, *args) * 1.01)
+    plain, folder = Decoder.step, str(tiny_models.save_model(tmp_path / "m"))
+    monkeypatch.setattr(Decoder, "step", lambda self, *args: (plain(self, *args)[0] * 1.01, None))
     options = {"dtype": "float32", "device": "cpu", "temperature": 1.0, "max_new_tokens": 24}
     served = TransformersEngine.load(folder, (0,), **options)
     assert served.in_slots and served._decoder is None

@@ -11,12 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import tiny_models
 from rollout.engines import graphs, transformers_engine
-from rollout.engines.graphs import Graphs
+from rollout.engines.graphs import Graphs, Result
 from rollout.engines.transformers_engine import TransformersEngine
 
 
@@ -26,10 +25,17 @@ class Again:
     def __init__(self) -> None:
         self.recorded = 0
 
-    def __call__(self, step: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], Any]]:
+    def __call__(self, step: Callable[[], Result]) -> tuple[Result, Callable[[], Any]]:
         self.recorded += 1
         result = step()
-        return result, lambda: result.copy_(step())
+
+        def again() -> None:
+            for kept, new in zip(result, step(), strict=True):
+                assert (kept is None) == (new is None)
+                if kept is not None:
+                    kept.copy_(new)
+
+        return result, again
 
 
 def engine(name: str = "llama-tied", **more: object) -> TransformersEngine:
@@ -85,15 +91,29 @@ def test_new_weights_in_the_old_memory_are_used():
     same(served, TransformersEngine(other, (0, 7), temperature=1.0, max_new_tokens=40), 6)
 
 
+def test_values_come_with_the_logits_of_a_recorded_step():
+    served, plain, again = engine(slots=4, values=True), engine(slots=4, values=True), Again()
+    served._graphs = Graphs(served._decoder, lambda: again)
+    for x in (served, plain):
+        with torch.no_grad():
+            x.live_tensors()["value_head.weight"].copy_(torch.linspace(-1, 1, 32)[None])
+    asked = tiny_models.make_requests(9)
+    for a, b in zip(served.generate(asked), plain.generate(asked), strict=True):
+        assert np.abs(b.values).max() > 0.1
+        np.testing.assert_allclose(a.values, b.values, atol=1e-5)
+        assert a.bootstrap == (None if b.bootstrap is None else pytest.approx(b.bootstrap, abs=1e-5))
+    assert again.recorded == len(served._graphs._steps) > 1
+
+
 class Broken(Again):
-    def __call__(self, step: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], Any]]:
+    def __call__(self, step: Callable[[], Result]) -> tuple[Result, Callable[[], Any]]:
         raise RuntimeError("operation not permitted when stream is capturing")
 
 
 class Wrong(Again):
-    def __call__(self, step: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], Any]]:
+    def __call__(self, step: Callable[[], Result]) -> tuple[Result, Callable[[], Any]]:
         result = step()
-        return result, lambda: result.mul_(1.01)  # of the memory of another recording, say
+        return result, lambda: result[0].mul_(1.01)  # of the memory of another recording, say
 
 
 @pytest.mark.parametrize(("record", "why"), [(Broken, "no CUDA graph of 2 rows (operation"), (Wrong, "other numbers")])

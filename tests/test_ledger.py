@@ -253,7 +253,7 @@ def test_another_version_is_refused(tmp_path, tokenizer):
     table = pyarrow.parquet.read_table(path)
     other = table.schema.metadata | {ledger_table.VERSION_KEY: b"0"}
     pyarrow.parquet.write_table(table.replace_schema_metadata(other), path)
-    with pytest.raises(UserError, match="a ledger of version b'0', this tokenppo reads b'2'"):
+    with pytest.raises(UserError, match="a ledger of version b'0', this tokenppo reads b'3'"):
         ledger_table.read(tmp_path, 4)
 
 

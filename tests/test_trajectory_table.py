@@ -37,6 +37,7 @@ def trajectories(draw: st.DrawFn) -> Trajectory:
     if draw(st.booleans()):
         more = [draw(st.sets(IDS, max_size=3)) for _ in ids]
         kept = KeptTokens.of([np.array(sorted({int(i), *of}), dtype=np.int32) for i, of in zip(ids, more, strict=True)])
+    reason, valued = draw(st.sampled_from(["stop", "length", "abort", None])), draw(st.booleans())
     return Trajectory(
         request=PromptRequest(
             ordinal=ordinal,
@@ -52,9 +53,11 @@ def trajectories(draw: st.DrawFn) -> Trajectory:
         action_mask=array(st.booleans(), np.bool_),
         token_offsets=array(st.integers(0, 2**33), np.int64, 2 * n).reshape(n, 2),
         policy_version=array(st.integers(-1, 2**40), np.int64),
-        finish_reason=draw(st.sampled_from(["stop", "length", "abort", None])),
+        finish_reason=reason,
         finished_at=draw(st.floats(0, 4e9)),
         kept=kept,
+        rollout_values=array(st.floats(width=32), np.float32) if valued else None,
+        rollout_bootstrap=draw(st.floats()) if valued and reason == "length" else None,
         component_rewards={name: array(st.floats(), np.float64) for name in names},
         component_mask={name: array(st.booleans(), np.bool_) for name in names},
         ref_logprobs=array(st.floats(width=32), np.float32) if draw(st.booleans()) else None,
@@ -100,8 +103,8 @@ def test_each_field_of_the_records_is_in_the_table():
 
 def test_another_version_is_refused():
     table = to_table([])
-    with pytest.raises(UserError, match="version b'2', this tokenppo reads b'1'"):
-        from_table(table.replace_schema_metadata({VERSION_KEY: b"2"}))
+    with pytest.raises(UserError, match="version b'1', this tokenppo reads b'2'"):
+        from_table(table.replace_schema_metadata({VERSION_KEY: b"1"}))
     with pytest.raises(UserError, match="version None"):
         from_table(table.replace_schema_metadata(None))
 

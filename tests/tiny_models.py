@@ -106,6 +106,8 @@ def roll_out(engine: TransformersEngine, n: int) -> list[Trajectory]:
                 finish_reason=g.finish_reason,
                 finished_at=0.0,
                 kept=g.kept,
+                rollout_values=g.values,
+                rollout_bootstrap=g.bootstrap,
                 component_rewards={"a": rng.normal(size=t)},
                 component_mask={"a": np.ones(t, dtype=bool)},
             )

@@ -35,6 +35,8 @@ class TrainBatch:
     component_rewards: dict[str, Tensor]  # name -> [B, T] float64, raw
     component_mask: dict[str, Tensor]  # name -> [B, T] bool
     kept: tuple[KeptTokens, ...] | None = None  # B of [T]; None: tokens were drawn from the whole vocabulary
+    rollout_values: Tensor | None = None  # [B, T] of workers that emit them; None: the learner computes them
+    rollout_bootstraps: Tensor | None = None  # [B] likewise; 0 where a response was not cut
     normalized_rewards: dict[str, Tensor] | None = None  # name -> [B, T] core/combine, in the loop
     token_rewards: Tensor | None = None  # [B, T] core/combine, in the loop
     old_logprobs: Tensor | None = None  # [B, T] trainer/learner.annotate
@@ -83,6 +85,9 @@ class TrainBatch:
         given = bool(trajectories) and all(t.ref_logprobs is not None for t in trajectories)
         kept = tuple(t.kept for t in trajectories if t.kept is not None)
         assert len(kept) in (0, len(trajectories)), f"{len(kept)} of {len(trajectories)} responses have kept tokens"
+        valued = [t for t in trajectories if t.rollout_values is not None]
+        assert len(valued) in (0, len(trajectories)), f"{len(valued)} of {len(trajectories)} responses have values"
+        behind = torch.tensor([t.rollout_bootstrap or 0.0 for t in trajectories], dtype=torch.float32)
         rewards = {n: [t.component_rewards[n] for t in trajectories] for n in components}
         masks = {n: [t.component_mask[n] for t in trajectories] for n in components}
         return cls(
@@ -100,6 +105,8 @@ class TrainBatch:
             component_rewards={n: right(arrays, np.float64) for n, arrays in rewards.items()},
             component_mask={n: right(arrays, np.bool_) for n, arrays in masks.items()},
             kept=kept or None,
+            rollout_values=right([t.rollout_values for t in trajectories], np.float32) if valued else None,
+            rollout_bootstraps=behind if valued else None,
         )
 
     def idle(self) -> "TrainBatch":

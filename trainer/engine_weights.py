@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import distribute_tensor
 
-from core.weights import LORA_A, LORA_B, TensorSpec, WeightStream
+from core.weights import LORA_A, LORA_B, VALUE_HEAD, TensorSpec, WeightStream
 from trainer import adapters
 
 TRAINED_FILE = "trained.safetensors"  # of a policy that is mostly frozen
@@ -40,11 +40,11 @@ def whole_parameters(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield name, tensor
 
 
-def stream(lm: nn.Module, dtype: torch.dtype) -> WeightStream:
+def stream(lm: nn.Module, dtype: torch.dtype, value_head: nn.Module | None = None) -> WeightStream:
     """Every parameter (in `dtype`) and buffer (in its own) of a causal LM under the names that transformers gives them.
 
     Each is gathered when it is asked for; what is sharded comes as a copy, what is whole as it is. Tied tensors come
-    once; adapters are merged into their layers.
+    once; adapters are merged into their layers. `value_head` comes behind, as it is, under names of its own.
     """
     adapted = adapters.layers(lm)
     first: dict[int, str] = {}  # of the names of one tensor
@@ -61,6 +61,8 @@ def stream(lm: nn.Module, dtype: torch.dtype) -> WeightStream:
     parameters = [(n, p) for n, p in named if is_new(n, p, dtype)]
     # Buffers keep their dtype: from_pretrained casts parameters only, and rotary frequencies want float32.
     buffers = [(n, b) for n, b in lm.named_buffers(remove_duplicate=False) if is_new(n, b, b.dtype)]
+    of_head = [] if value_head is None else [*value_head.named_parameters(prefix=VALUE_HEAD)]
+    assert all(is_new(n, p, p.dtype) for n, p in of_head), "a value head that is part of the causal LM"
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for name, parameter in parameters:
@@ -72,25 +74,34 @@ def stream(lm: nn.Module, dtype: torch.dtype) -> WeightStream:
             yield adapters.plain(name), tensor
         for name, buffer in buffers:
             yield adapters.plain(name), buffer.detach()
+        yield from _copies(of_head)
 
     return WeightStream(tuple(specs), tensors())
 
 
-def export(lm: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+def _copies(parameters: list[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Gathered one by one."""
+    for name, parameter in parameters:
+        with _whole(parameter) as whole:
+            copy = whole.detach().clone()
+        yield name, copy
+
+
+def export(lm: nn.Module, dtype: torch.dtype, value_head: nn.Module | None = None) -> dict[str, Tensor]:
     """All of `stream` at once, tied tensors as one under each of their names."""
-    weights = stream(lm, dtype)
+    weights = stream(lm, dtype, value_head)
     whole = dict(weights.tensors)
     return {spec.name: whole[spec.alias_of or spec.name] for spec in weights.specs}
 
 
-def export_adapter(lm: nn.Module) -> dict[str, Tensor]:
+def export_adapter(lm: nn.Module, value_head: nn.Module | None = None) -> dict[str, Tensor]:
     """The policy's adapter alone, in float32: for each layer W that has one, the factors B, already times alpha / rank,
     and A of what is added to it, under W's name (`core/weights.py: LORA_A`). A layer that keeps its weight transposed
-    gets them in that order too, so that W + B A holds for all."""
+    gets them in that order too, so that W + B A holds for all. And `value_head`, whole, under names of its own."""
     out: dict[str, Tensor] = {}
     for name, layer in adapters.layers(lm).items():
         out[f"{name}.weight{LORA_B}"], out[f"{name}.weight{LORA_A}"] = _factors(layer)
-    return out
+    return out | dict(_copies([] if value_head is None else [*value_head.named_parameters(prefix=VALUE_HEAD)]))
 
 
 @dataclass(frozen=True, kw_only=True)

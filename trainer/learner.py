@@ -1,6 +1,7 @@
 """Learner: the policy under Accelerate. Annotates a batch, updates on it, hands out its weights.
 
     annotate   old_logprobs, values: policy, no gradient      ref_logprobs: frozen reference
+               (with `rollout.emit_values` the workers' own, which the first mini-batch of the update is held against)
     update     ppo_epochs x mini-batches x micro-batches; one optimizer step per mini-batch
 
 The denominator of both losses is the number of valid tokens of the whole optimizer step, over all micro-batches and
@@ -32,7 +33,15 @@ from trainer import engine_weights, ppo
 from trainer.batch import TrainBatch
 from trainer.engine_weights import PolicyWeights
 from trainer.model import Inputs, PolicyWithValueHead, Reference, inputs_of, inputs_of_texts
-from trainer.objective import RATIO_ERROR, TokenFields, add_up, policy_objective
+from trainer.objective import (
+    LARGEST,
+    LOGPROB_ERROR,
+    RATIO_ERROR,
+    VALUE_ERROR,
+    TokenFields,
+    add_up,
+    policy_objective,
+)
 from trainer.packing import pack
 from trainer.ranks import Ranks
 
@@ -45,6 +54,7 @@ TOLERANCES = {
 
 
 _LOSS = "the loss itself"  # among the sums of a micro-batch: looked at, not logged
+_LOGPROBS_APART = "sum of the distances of log-probs"  # likewise; LOGPROB_ERROR is the largest of them
 
 
 @dataclass(frozen=True)
@@ -125,7 +135,7 @@ class Learner:
         self._last_lr = 0.0
         # Of the last update, by the rows of its batch; None unless they are to be recorded.
         self.new_logprobs: Tensor | None = None  # [B, T] float32, on the device
-        self._first_ratio_error: float | None = None  # of the step under way, of all ranks; None where there is none
+        self._first: dict[str, float] = {}  # metrics of the first mini-batch of the step under way, of all ranks
         self._ranks_agree = self.ranks.size == 1  # equal parameters after a first step of this process were seen
         self._texts = texts or []
         self.step = 0  # PPO updates that are done
@@ -169,10 +179,13 @@ class Learner:
         return batch.pieces(index, cfg.micro_batch_size, tokens=cfg.micro_batch_tokens, packed=packed)
 
     @torch.no_grad()
-    def annotate(self, batch: TrainBatch) -> tuple[TrainBatch, dict[str, float]]:
+    def annotate(self, batch: TrainBatch, *, own: bool = False) -> tuple[TrainBatch, dict[str, float]]:
         """Fill old_logprobs, ref_logprobs, values and bootstrap_values ([B, T], [B, T], [B, T], [B]).
 
         Of several value heads, head_values and head_bootstraps: what they say together depends on weights of the step.
+        With `rollout.emit_values` the workers' values and log-probs are taken, with no forward of the policy, unless it
+        is to be its `own`. objective/entropy is then the mean of -log p over what was drawn, which is an estimate, and
+        what workers and learner compute is compared by `update`.
 
         Returns the batch and sums over valid tokens as means: objective/kl (nats per response), objective/entropy,
         logprob_diff/{mean,max}. Raises InvariantFault (with `run.checks`) if workers and learner disagree on the
@@ -180,24 +193,33 @@ class Learner:
         from and do not say how.
         """
         self._refuse_untold_filters(batch)
+        emitted = self.cfg.rollout.emit_values and not own
         mask, dtype = batch.response_mask, self.policy.value_head.weight.dtype
         heads = self.cfg.value_heads
         old, ref, entropy = (torch.zeros(mask.shape, dtype=dtype) for _ in range(3))
         values = torch.zeros(*mask.shape, max(1, len(heads)), dtype=dtype)
         after = torch.zeros(len(batch), max(1, len(heads)), dtype=dtype)
         with nullcontext() if self._ref is None else self._ref.on(self.device):
-            for rows, micro, inputs in self._equal_pieces(batch):
-                of_tokens, of_states, of_entropy, _ = self._engine(inputs, self.cfg.rollout.temperature)
+            for rows, micro, inputs in () if emitted and self._ref is None else self._equal_pieces(batch):
+                if not emitted:
+                    of_tokens, of_states, of_entropy, _ = self._engine(inputs, self.cfg.rollout.temperature)
                 of_ref = self._reference_of(micro, inputs)
                 if rows is None:
                     continue
                 row, column = micro.response_mask.nonzero(as_tuple=True)
                 at = torch.from_numpy(rows)[row], column
+                ref[at] = of_ref.to("cpu", dtype)
+                if emitted:
+                    continue
                 m = len(row)
-                old[at], ref[at] = of_tokens.to("cpu", dtype), of_ref.to("cpu", dtype)
+                old[at] = of_tokens.to("cpu", dtype)
                 of_states = of_states.view(-1, values.shape[-1])  # one head or several
                 values[at], entropy[at] = of_states[:m].to("cpu", dtype), of_entropy.to("cpu", dtype)
                 after[torch.from_numpy(rows)] = of_states[m:].to("cpu", dtype)
+        if emitted and len(batch):
+            assert batch.rollout_values is not None, "workers that are to emit values gave none"
+            old = torch.where(mask, batch.rollout_logprobs, 0.0).to(dtype)
+            values[..., 0], after[:, 0], entropy = batch.rollout_values, batch.rollout_bootstraps, -old
         bootstrapped = batch.cut & self.cfg.ppo.bootstrap_cut
         after = torch.where(bootstrapped[:, None], after, 0.0)
         filled = batch.fill(old_logprobs=old, **({} if batch.ref_logprobs is not None else {"ref_logprobs": ref}))
@@ -206,7 +228,7 @@ class Learner:
             filled = filled.fill(head_values=of_head, head_bootstraps=dict(zip(heads, after.unbind(-1), strict=True)))
         else:
             filled = filled.fill(values=values.squeeze(-1), bootstrap_values=after.squeeze(-1))
-        return filled, self._compare(filled, entropy)
+        return filled, self._compare(filled, entropy, emitted)
 
     def _refuse_untold_filters(self, batch: TrainBatch) -> None:
         untold = self.cfg.rollout.untold_filter
@@ -232,13 +254,13 @@ class Learner:
             micro = batch.idle() if rows is None else batch.rows(rows)
             yield rows, micro, inputs_of(micro, self.device, packed=self.policy.reader.packed)
 
-    def _compare(self, batch: TrainBatch, entropy: Tensor) -> dict[str, float]:
+    def _compare(self, batch: TrainBatch, entropy: Tensor, emitted: bool) -> dict[str, float]:
         mask, sums = batch.response_mask, Sums()
         n_tokens = float(mask.sum())
         kl = ppo.kl_estimate(batch.writers_logprobs(self._off_policy), batch.ref_logprobs, "k1")
         kl = torch.where(mask, kl, 0.0)
         # What an older policy wrote is no test of who computes what: the ratio of the two is importance sampling's.
-        fresh = mask & (batch.policy_version == self.step) if self._off_policy else mask
+        fresh = mask & (batch.policy_version == self.step) if self._off_policy else mask & (not emitted)
         difference = torch.where(fresh, batch.old_logprobs - batch.rollout_logprobs, 0.0).abs()
         sums.add("objective/kl", float(kl.sum()), len(batch))
         sums.add("objective/entropy", float(entropy.sum()), n_tokens)
@@ -253,22 +275,24 @@ class Learner:
             for name in compared:
                 value, limit = means[f"logprob_diff/{name}"], self._limits[f"logprob_{name}"]
                 if not value <= limit:
-                    raise InvariantFault(
-                        f"step {self.step + 1}: log-probs of rollout workers and learner differ by {value:.2g} ({name}"
-                        f" over tokens, limit {limit:.2g}): the workers sample from other weights or another"
-                        " distribution than the one that is trained"
-                    )
+                    raise self._differs("log-probs", value, f"{name} over tokens", limit)
             if self.step == 0:
                 apart = torch.where(mask, batch.old_logprobs - batch.ref_logprobs, 0.0)
                 worst = self.ranks.max(_largest(apart.abs()))
                 # Another process computes as a worker does: then the limit is that of workers.
-                limit = self._limits["logprob_max" if self._ref is None else "ratio"]
+                limit = self._limits["logprob_max" if self._ref is None or emitted else "ratio"]
                 if not worst <= limit:
                     raise InvariantFault(
                         f"before the first update policy and reference differ by {worst:.2g} nats on a token"
                         f" (limit {limit:.2g}): they are not the same model"
                     )
         return means
+
+    def _differs(self, what: str, by: float, over: str, limit: float) -> InvariantFault:
+        return InvariantFault(
+            f"step {self.step + 1}: {what} of rollout workers and learner differ by {by:.2g} ({over}, limit"
+            f" {limit:.2g}): the workers sample from other weights or another distribution than the one that is trained"
+        )
 
     def update(self, batch: TrainBatch) -> dict[str, float]:
         """ppo_epochs passes over the batch, one optimizer step per mini-batch.
@@ -281,8 +305,7 @@ class Learner:
         # Against the engine's log-probs a ratio is off 1 by what `annotate` has held to limits of its own.
         starts_at_1 = not self._off_policy or cfg.importance_cap is not None
         self._optimizer_steps = self._schedule_at(self.step)
-        self._first_ratio_error = None
-        self.new_logprobs = None
+        self._first, self.new_logprobs = {}, None
         if self.cfg.log.ledger or self.cfg.log.looks:
             self.new_logprobs = torch.zeros(batch.response_mask.shape, device=self.device)
         for epoch in range(cfg.ppo_epochs):
@@ -299,8 +322,7 @@ class Learner:
         self.step += 1
         means = sums.merge(self.ranks.sum_list).means()
         means |= {"optim/lr": self._last_lr, "ppo/epochs": epoch + 1}
-        if self._first_ratio_error is not None:
-            means["ppo/first_ratio_error"] = self._first_ratio_error
+        means |= self._first
         if norms:  # ZeRO-0 clips, and does not tell by how much
             means["optim/grad_norm"] = sum(norms) / len(norms)
         if cfg.has_critic and cfg.scale_values == "none":  # else `credit` tells it, which has both in one unit
@@ -313,7 +335,7 @@ class Learner:
         """Add what one epoch says to `sums`; its mean approx_kl over the tokens of all ranks."""
         n, n_text = float(totals.pop("tokens")), float(totals.pop("text tokens", 0.0))
         for name, total in totals.items():
-            if name != RATIO_ERROR and name != _LOSS:
+            if name not in (*LARGEST, _LOSS, _LOGPROBS_APART):
                 sums.add(name, float(total), n_text if name == "loss/ptx" else n)
         kl, n = self.ranks.sum_list([float(totals["ppo/approx_kl"]), n])
         return kl / max(n, 1.0)
@@ -389,13 +411,35 @@ class Learner:
         loss, ratio_error = self.ranks.gather_max([float(losses), float(errors)])
         if not math.isfinite(loss):
             raise InvariantFault(f"step {self.step + 1}: the loss is {loss}; the weights are as before it")
-        if first:
-            self._first_ratio_error = ratio_error
-        if first and self.cfg.run.checks and not ratio_error <= self._limits["ratio"]:
+        if not first:
+            return
+        self._first = {"ppo/first_ratio_error": ratio_error}
+        if self.cfg.rollout.emit_values:
+            self._compare_emitted(add_up(parts))
+        elif self.cfg.run.checks and not ratio_error <= self._limits["ratio"]:
             raise InvariantFault(
                 f"step {self.step + 1}: a ratio of the first mini-batch is off 1 by {ratio_error:.2g}"
                 f" (limit {self._limits['ratio']:.2g}): old and new log-probs are not computed alike"
             )
+
+    def _compare_emitted(self, totals: dict[str, Tensor]) -> None:
+        """Raise InvariantFault, on all ranks at once, where the first forward of a step finds other log-probs or values
+        than the workers gave. `totals`: of the first mini-batch of this rank."""
+        apart, n = self.ranks.sum_list([float(totals.get(_LOGPROBS_APART, 0.0)), float(totals["tokens"])])
+        names = (LOGPROB_ERROR, VALUE_ERROR)
+        worst, worst_value = self.ranks.gather_max([float(totals.get(name, 0.0)) for name in names])
+        found = {"logprob_diff/mean": apart / max(n, 1.0), "logprob_diff/max": worst, "value/diff_max": worst_value}
+        self._first |= found
+        if not self.cfg.run.checks:
+            return
+        for name, what, over in (
+            ("logprob_diff/mean", "log-probs", "mean over the tokens of the first mini-batch"),
+            ("logprob_diff/max", "log-probs", "max over the tokens of the first mini-batch"),
+            ("value/diff_max", "values", "max over the states of the first mini-batch, of the largest value"),
+        ):
+            limit = self._limits["logprob_mean" if name.endswith("mean") else "logprob_max"]
+            if not found[name] <= limit:
+                raise self._differs(what, found[name], over, limit)
 
     def _compare_ranks(self) -> None:
         """Raise InvariantFault if ranks hold other parameters than this one after their first step together."""
@@ -438,6 +482,9 @@ class Learner:
             if seen is not None:
                 seen[at] = logprobs.detach().float()
             loss, sums = policy_objective(logprobs, entropy, known[at], cfg, n_valid)
+            if self.cfg.rollout.emit_values and logprobs.numel():
+                apart = (logprobs.detach() - known.rollout_logprobs[at]).abs().double()
+                sums |= {_LOGPROBS_APART: apart.sum(), LOGPROB_ERROR: apart.max()}
             return loss * 0.0 if warming else loss, sums
 
         inputs = inputs_of(micro, self.device, packed=self.policy.reader.packed)
@@ -458,6 +505,10 @@ class Learner:
             known_values, returns = (
                 torch.stack([of[name] for name in heads], dim=-1) for of in (micro.head_values, micro.head_returns)
             )
+        if self.cfg.rollout.emit_values and len(every):
+            given = flat(known_values)
+            off = (values[: len(every)].detach() - given).abs().max()
+            sums[VALUE_ERROR] = (off / given.abs().max().clamp(min=1.0)).double()
         vf_loss, vf_stats = ppo.value_loss(
             values[: len(every)],
             flat(known_values),
@@ -501,17 +552,22 @@ class Learner:
 
     def stream_weights(self) -> WeightStream:
         """What the workers need, tensor by tensor: the causal LM by its names in transformers, in their dtype; of a
-        policy that is an adapter on weights that they have, the adapter. No value head. All ranks call it and take all.
+        policy that is an adapter on weights that they have, the adapter. The value head with `rollout.emit_values`
+        alone. All ranks call it and take all.
         """
         if self.cfg.model.lora_rank:
-            return WeightStream.of(engine_weights.export_adapter(self.policy.lm))
-        return engine_weights.stream(self.policy.lm, getattr(torch, self.cfg.model.dtype))
+            return WeightStream.of(engine_weights.export_adapter(self.policy.lm, self._emitting_head))
+        return engine_weights.stream(self.policy.lm, getattr(torch, self.cfg.model.dtype), self._emitting_head)
 
     def export_weights(self) -> dict[str, Tensor]:
         """The same, all at once and by name. All ranks call it, and each holds the whole."""
         if self.cfg.model.lora_rank:
-            return engine_weights.export_adapter(self.policy.lm)
-        return engine_weights.export(self.policy.lm, getattr(torch, self.cfg.model.dtype))
+            return engine_weights.export_adapter(self.policy.lm, self._emitting_head)
+        return engine_weights.export(self.policy.lm, getattr(torch, self.cfg.model.dtype), self._emitting_head)
+
+    @property
+    def _emitting_head(self) -> nn.Module | None:
+        return self.policy.value_head if self.cfg.rollout.emit_values else None
 
     def whole_policy(self) -> PolicyWeights:
         """The policy as it goes to disk, in float32. All ranks call it: shards are gathered."""

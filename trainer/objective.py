@@ -17,7 +17,11 @@ from torch import Tensor
 from core.schema import PPOConfig
 from trainer import ppo
 
-RATIO_ERROR = "ratio_error"  # max |ratio - 1|: no metric, and the one entry that is not added but compared
+RATIO_ERROR = "ratio_error"  # max |ratio - 1|: no metric
+# Of what is to be known of tokens these are not added but compared: distances of this forward from what the rollout
+# workers said of the same tokens. trainer/learner.py takes them where workers emit values.
+LOGPROB_ERROR, VALUE_ERROR = "logprob_error", "value_error"
+LARGEST = (RATIO_ERROR, LOGPROB_ERROR, VALUE_ERROR)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,12 +92,12 @@ def policy_objective(
 
 
 def add_up(parts: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The sums of all tokens from those of their parts: added, but for RATIO_ERROR, of which the largest counts."""
+    """The sums of all tokens from those of their parts: added, but for those of LARGEST, which are maxima."""
     total: dict[str, Tensor] = {}
     for part in parts:
         for name, x in part.items():
             if name not in total:
                 total[name] = x
             else:
-                total[name] = torch.maximum(total[name], x) if name == RATIO_ERROR else total[name] + x
+                total[name] = torch.maximum(total[name], x) if name in LARGEST else total[name] + x
     return total

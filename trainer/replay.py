@@ -46,14 +46,16 @@ class Tolerances:
     means: float = 0.0  # of what is logged of these steps
 
     @classmethod
-    def of(cls, dtype: str) -> "Tolerances":
-        """Where bits may differ. Log-probs may by what a run itself bears between two passes of the learner (the first
+    def of(cls, dtype: str, *, by_workers: bool = False) -> "Tolerances":
+        """Where bits may differ. `by_workers`: log-probs and values of the step are the workers' (`rollout.emit_values`),
+        who may be as far from the learner as a run bears. Log-probs may by what a run itself bears between two passes of the learner (the first
         ratio off 1), after optimizer steps by what it bears on one token between worker and learner. Measured between
         two learner processes and one, on cards: fp32 1.4e-6, 2.8e-5 and means 5e-8; bf16 4e-5, 0.13 and means 0.02."""
         limits = TOLERANCES[dtype]
         means = {"float32": 1e-3, "bfloat16": 0.05}[dtype]
-        forward, update = limits["ratio"], limits["logprob_max"]
-        return cls(scores=forward, arithmetic=1e-5, forward=forward, update=update, means=means)
+        near, update = limits["ratio"], limits["logprob_max"]
+        forward = update if by_workers else near
+        return cls(scores=near, arithmetic=1e-5, forward=forward, update=update, means=means)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,9 +211,10 @@ def weigh(recorded: RecordedStep, cfg: Config, running: dict[str, RunningMoments
 
 
 def annotate(recorded: RecordedStep, learner: Learner, tolerances: Tolerances) -> tuple[Stage, TrainBatch]:
-    """Log-probs and values under the policy before the step. Returns the batch as the learner fills it."""
+    """Log-probs and values under the policy before the step. Returns the batch as the learner fills it, by a forward of
+    its own also where the step took what workers said."""
     c = Comparison("log-probs and values", tolerances.forward, recorded.uids)
-    batch, _ = learner.annotate(recorded.batch)
+    batch, _ = learner.annotate(recorded.batch, own=True)
     mask, numbers = batch.response_mask, recorded.numbers
     c.tokens("old_logprobs", numbers["old_logprobs"], batch.old_logprobs, mask)
     c.tokens("ref_logprobs", numbers["ref_logprobs"], batch.ref_logprobs, mask)

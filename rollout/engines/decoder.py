@@ -34,9 +34,9 @@ class _Layer:
 
 
 class Decoder:
-    def __init__(self, model: nn.Module) -> None:
-        """Asserts nothing about `model`: ask `fits` first."""
-        self._model, self._head = model.model, Product(model.lm_head)
+    def __init__(self, model: nn.Module, value_head: nn.Linear | None = None) -> None:
+        """Asserts nothing about `model`: ask `fits` first. `value_head`: reads the states that `model`'s head reads."""
+        self._model, self._head, self._value_head = model.model, Product(model.lm_head), value_head
         self._layers = [
             _Layer(
                 block,
@@ -62,8 +62,8 @@ class Decoder:
         for product in (self._head, *(p for x in self._layers for p in (x.qkv, x.o, x.gate_up, x.down))):
             product.drop()
 
-    def logits(self, token: Tensor, place: Tensor, step: Step) -> Tensor:
-        """[B, V] behind `token` [B], which stands at `place` [B]."""
+    def step(self, token: Tensor, place: Tensor, step: Step) -> tuple[Tensor, Tensor | None]:
+        """Logits [B, V] behind `token` [B], which stands at `place` [B], and the values [B] of these states."""
         x = F.embedding(token, self._model.embed_tokens.weight)
         cos, sin = self._model.rotary_emb(x, position_ids=place[:, None])  # [B, 1, D]
         half = sin.shape[-1] // 2
@@ -73,7 +73,8 @@ class Decoder:
             up = layer.gate_up(_normed(layer.block.post_attention_layernorm, x))
             gate, up = up.chunk(2, dim=-1)
             x = x + layer.down(layer.block.mlp.act_fn(gate).mul_(up))
-        return self._head(_normed(self._model.norm, x))
+        x = _normed(self._model.norm, x)
+        return self._head(x), None if self._value_head is None else values_of(self._value_head, x)
 
     @staticmethod
     def _attention(number: int, layer: _Layer, x: Tensor, cos: Tensor, turned: Tensor, step: Step) -> Tensor:
@@ -91,6 +92,11 @@ class Decoder:
         query, key = query_key[:, : n_turned - kv_heads], query_key[:, n_turned - kv_heads :]
         out = step.attend(number, query[:, :, None], key[:, :, None], value[:, :, None], attention.scaling)
         return layer.o(out.reshape(len(x), -1))
+
+
+def values_of(head: nn.Linear, states: Tensor) -> Tensor:
+    """[...] of states [..., H], in the dtype of the head."""
+    return F.linear(states.to(head.weight.dtype), head.weight, head.bias).squeeze(-1)
 
 
 def _normed(norm: nn.Module, x: Tensor) -> Tensor:

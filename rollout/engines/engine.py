@@ -16,6 +16,8 @@ class Generation:
     logprobs: np.ndarray  # [T] float32, of the distribution that was sampled from: after temperature and filters
     finish_reason: FinishReason | None  # None: it is not over, there are only so many tokens of it yet
     kept: KeptTokens | None = None  # which ids each token was drawn from; None: from the whole vocabulary
+    values: np.ndarray | None = None  # [T] float32, of the state before each token; None: the engine has no value head
+    bootstrap: float | None = None  # of the state after the last token of a response that was cut
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,8 @@ from rollout.engines.decoder import Decoder
 from rollout.engines.slots import Slots, Tokens
 
 WIDTH = 256  # tokens that a step looks back on are a multiple of it, or all that there is room for
-Record = Callable[[Callable[[], Tensor]], tuple[Tensor, Callable[[], Any]]]  # -> where its result stands, and: again
+Result = tuple[Tensor, Tensor | None]  # of a decoder's step
+Record = Callable[[Callable[[], Result]], tuple[Result, Callable[[], Any]]]  # -> where its result stands, and: again
 
 
 class OnCuda:
@@ -25,7 +26,7 @@ class OnCuda:
     def __init__(self) -> None:
         self._pool, self._aside = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
 
-    def __call__(self, step: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
+    def __call__(self, step: Callable[[], Result]) -> tuple[Result, Callable[[], None]]:
         here = torch.cuda.current_stream()
         self._aside.wait_stream(here)
         try:
@@ -46,6 +47,7 @@ class _Step:
     token: Tensor  # [rows]
     place: Tensor  # [rows]
     logits: Tensor  # [rows, V]
+    values: Tensor | None  # [rows]
     again: Callable[[], Any]
 
 
@@ -69,8 +71,8 @@ class Graphs:
         self._steps: dict[tuple[int, int], _Step] = {}  # by rows and tokens looked back on
         self._record: Record | None = None
 
-    def logits(self, token: Tensor, place: Tensor, slots: Slots) -> Tensor:
-        """As Decoder.logits, [B, V]. The next call overwrites it."""
+    def step(self, token: Tensor, place: Tensor, slots: Slots) -> Result:
+        """As Decoder.step. The next call overwrites it."""
         if slots is not self._slots:
             self.forget()
             self._slots = slots
@@ -81,23 +83,23 @@ class Graphs:
         if step is None and self.given_up is None:
             step = self._recorded(rows, length, token, place, slots)
         if step is None:
-            return self._decoder.logits(token, place, Tokens(slots, place))
+            return self._decoder.step(token, place, Tokens(slots, place))
         _fill((step.token, step.place), (token, place))
         step.again()
-        return step.logits[:n]
+        return step.logits[:n], None if step.values is None else step.values[:n]
 
     def _recorded(self, rows: int, length: int, token: Tensor, place: Tensor, slots: Slots) -> _Step | None:
         at = token.new_zeros(rows), place.new_zeros(rows)
         _fill(at, (token, place))  # it runs while it is recorded, and must write what stands there anyway
         try:
             self._record = self._record or self._make_record()
-            logits, again = self._record(lambda: self._decoder.logits(*at, Tokens(slots, at[1], length)))
+            result, again = self._record(lambda: self._decoder.step(*at, Tokens(slots, at[1], length)))
         except RuntimeError as error:  # no memory for it, or something that no graph takes: the step itself works
             self.forget()
             self.given_up = (str(error).splitlines() or [type(error).__name__])[0]
             print(f"decode steps are launched one by one, slower: no CUDA graph of {rows} rows ({self.given_up})")
             return None
-        self._steps[rows, length] = _Step(*at, logits, again)
+        self._steps[rows, length] = _Step(*at, *result, again)
         return self._steps[rows, length]
 
 

@@ -7,6 +7,9 @@ loaded, writes all its requests side by side, with transformers' own cache and p
 Legend: B requests, U prompts, P padded prompt width, V vocabulary, S slots. Lengths are recorded, never read off ids.
 
 Nothing of the checkpoint's generation config reaches the sampling (no top_p, no penalties): only its stop ids are read.
+
+With a value head the state before each token, which its logits are made of, is valued too. The state after the last
+token of a response is read by no other step, so a response that is cut stays in its slot for one more.
 """
 
 import inspect
@@ -24,8 +27,8 @@ from core.faults import UserError
 from core.logprobs import logprobs_from_logits
 from core.pretrained import load_causal_lm
 from core.trajectory import KeptTokens, PromptRequest
-from core.weights import named_tensors
-from rollout.engines.decoder import Decoder
+from core.weights import VALUE_HEAD, named_tensors
+from rollout.engines.decoder import Decoder, values_of
 from rollout.engines.engine import Begun, Generation
 from rollout.engines.graphs import Graphs, OnCuda
 from rollout.engines.packed import PackedLinears
@@ -59,6 +62,20 @@ def stop_ids(model_path: str, tokenizer_eos: int | None) -> tuple[int, ...]:
     return tuple(sorted(ids))
 
 
+def _value_head(model: torch.nn.Module) -> torch.nn.Linear:
+    """A head on what the output layer reads, in float32; zero until its weights come."""
+    weight = getattr(model.get_output_embeddings(), "weight", None)
+    if weight is None:
+        raise UserError(
+            f"rollout.emit_values = true: {type(model).__name__} has no output layer whose states a value head could"
+            " read; leave it out"
+        )
+    head = torch.nn.Linear(weight.shape[1], 1, dtype=torch.float32, device=weight.device)
+    for parameter in head.requires_grad_(False).parameters():
+        torch.nn.init.zeros_(parameter)
+    return head
+
+
 def _fit(texts: list[np.ndarray], first: int, last: int) -> int:
     """The end of what is read in one pass, of the texts from `first` up to `last`: one, or as many as stay within
     READ_TOKENS padded tokens and READ_LOGITS rows of logits. Equal texts are read once."""
@@ -85,6 +102,8 @@ class _Responses:
     stopped: Tensor  # [B] bool
     begun: Tensor  # [B] tokens that were there before
     turn: Tensor  # [B] where the turn that is written starts
+    values: Tensor | None  # [B, steps] of the states before them
+    bootstraps: Tensor | None  # [B] of the state after the last, where a response is cut
     kept: list[list[np.ndarray]] | None  # of each request, of each token: the ids it was drawn from; None: no filter
 
     @classmethod
@@ -97,6 +116,7 @@ class _Responses:
         *,
         filtered: bool,
         most: int | None,
+        valued: bool,
     ) -> "_Responses":
         n = len(requests)
         ids, logprobs = torch.zeros((n, steps), dtype=torch.long), torch.zeros((n, steps), dtype=torch.float32)
@@ -121,13 +141,25 @@ class _Responses:
             stopped=torch.zeros(n, dtype=torch.bool, device=device),
             begun=starts.to(device),
             turn=turn.to(device),
+            values=torch.zeros((n, steps), device=device) if valued else None,
+            bootstraps=torch.zeros(n, device=device) if valued else None,
             kept=kept if filtered else None,
         )
 
-    def write(self, request: Tensor, number: Tensor | int, token: Tensor, logprob: Tensor, keep: Tensor | None) -> None:
+    def write(
+        self,
+        request: Tensor,
+        number: Tensor | int,
+        token: Tensor,
+        logprob: Tensor,
+        keep: Tensor | None,
+        value: Tensor | None,
+    ) -> None:
         """Token `number` of each `request`, all [B]; `keep` [B, V] bool."""
         self.ids[request, number], self.logprobs[request, number] = token, logprob
-        if keep is not None:
+        if value is not None:
+            self.values[request, number] = value
+        if keep is not None and len(request):
             ids = keep.nonzero()[:, 1].int().cpu().numpy()
             sets = np.split(ids, keep.sum(-1).cumsum(-1)[:-1].cpu().numpy())
             for row, kept in zip(request.tolist(), sets, strict=True):
@@ -137,6 +169,8 @@ class _Responses:
         """Of the requests `ended` [E], with their numbers, by these."""
         ended, steps = ended.sort().values, self.ids.shape[1]
         ids, logprobs = self.ids[ended].cpu().numpy(), self.logprobs[ended].cpu().numpy()
+        values = None if self.values is None else self.values[ended].cpu().numpy()
+        behind = None if self.values is None else self.bootstraps[ended].tolist()
         rows = (ended.tolist(), self.lengths[ended].tolist(), self.stopped[ended].tolist())
         for row, (i, length, stop) in enumerate(zip(*rows, strict=True)):
             yield (
@@ -146,6 +180,8 @@ class _Responses:
                     logprobs=logprobs[row, :length].copy(),
                     finish_reason="stop" if stop else "length" if length == steps else None,
                     kept=None if self.kept is None else KeptTokens.of(self.kept[i]),
+                    values=None if values is None else values[row, :length].copy(),
+                    bootstrap=None if behind is None or stop else behind[row],
                 ),
             )
 
@@ -161,9 +197,13 @@ class TransformersEngine:
         slots: int = 64,
         filters: Filters | None = None,
         stop_strings: StopStrings | None = None,
+        values: bool = False,
     ) -> None:
         """`slots`: most responses that are written side by side; no id depends on it. `stop`, `stop_strings`: ids and
-        strings that end a response."""
+        strings that end a response. `values`: a value head, whose weights come with those of the policy, says what it
+        thinks of each state; such responses are written whole.
+
+        Raises UserError for a value head on a model without an output layer of its own."""
         self.model = model.eval()
         self.temperature, self.max_new_tokens, self.slots = temperature, max_new_tokens, slots
         self.filters, self._stop_strings = filters, stop_strings
@@ -172,6 +212,7 @@ class TransformersEngine:
         # Models without absolute or rotary positions (ALiBi) take none; they read the attention mask.
         self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
         self._packed = PackedLinears(model)
+        self._value_head = _value_head(model) if values else None
         self._room: Slots | None = None  # kept between calls: new memory is slow at its first touch
         self._decoder = self._graphs = None
         self.own_forward = False  # whether a class that decoder.py knows is one that it does not compute
@@ -194,12 +235,13 @@ class TransformersEngine:
         filters: Filters | None = None,
         stop_strings: tuple[str, ...] = (),
         load_tokenizer: Callable[[], Any] | None = None,
+        values: bool = False,
     ) -> "TransformersEngine":
         """`load_tokenizer` is asked only where there are stop strings."""
         model = load_causal_lm(path, getattr(torch, dtype)).to(device)
         strings = StopStrings(list(stop_strings), load_tokenizer()) if stop_strings else None
         settings = {"temperature": temperature, "max_new_tokens": max_new_tokens, "slots": slots}
-        engine = cls(model, stop, **settings, filters=filters, stop_strings=strings)
+        engine = cls(model, stop, **settings, filters=filters, stop_strings=strings, values=values)
         name = type(model).__name__  # Ray shows what is printed to whoever started the run
         if not engine.in_slots:
             print(f"{name} cannot be read in slots: responses are written side by side, slower, with the same ids")
@@ -210,7 +252,7 @@ class TransformersEngine:
     def _use_decoder(self) -> None:
         """Where it computes what the model does; and recorded, where a recording does too."""
         try:
-            self._decoder = Decoder(self.model)
+            self._decoder = Decoder(self.model, self._value_head)
         except AttributeError:  # of another transformers
             self.own_forward = True
             return
@@ -227,7 +269,8 @@ class TransformersEngine:
             self._decoder, self.own_forward = None, True
 
     def live_tensors(self) -> dict[str, Tensor]:
-        return named_tensors(self.model)
+        head = {} if self._value_head is None else dict(self._value_head.named_parameters(prefix=VALUE_HEAD))
+        return named_tensors(self.model) | head
 
     def use_weights(self) -> None:
         """`generate` reads the very tensors that were written, or what it makes of them."""
@@ -256,7 +299,11 @@ class TransformersEngine:
         self, requests: list[PromptRequest], begun: list[Begun | None] | None = None, most: int | None = None
     ) -> Iterator[tuple[int, Generation]]:
         begun, filtered = begun or [None] * len(requests), self.filters is not None
-        responses = _Responses.of(requests, begun, self.max_new_tokens, self.device, filtered=filtered, most=most)
+        valued = self._value_head is not None
+        assert not (valued and (most is not None or any(begun))), "responses with values are written whole"
+        responses = _Responses.of(
+            requests, begun, self.max_new_tokens, self.device, filtered=filtered, most=most, valued=valued
+        )
         texts = [  # that are read before the first token is written
             request.prompt_ids if start is None else np.concatenate([request.prompt_ids, start.response_ids])
             for request, start in zip(requests, begun, strict=True)
@@ -285,20 +332,21 @@ class TransformersEngine:
             if waiting < len(texts) and (free >= min(few, len(texts) - waiting) or not len(request)):
                 last = _fit(texts, waiting, min(len(texts), waiting + free))
                 entering = torch.arange(waiting, last, device=self.device)
-                logits, lengths = self._read_prompts([texts[i] for i in entering.tolist()], slots, len(request))
-                first = self._sample(logits, entering, out.begun[entering], out)
+                prompts = [texts[i] for i in entering.tolist()]
+                logits, values, lengths = self._read_prompts(prompts, slots, len(request))
+                first = self._sample(logits, values, entering, out.begun[entering], out)
                 waiting += len(entering)
                 request, token = torch.cat([request, entering]), torch.cat([token, first])
                 written, place = torch.cat([written, out.begun[entering] + 1]), torch.cat([place, lengths])
             else:
-                logits = self._next_logits(token, place, slots)
-                token = self._sample(logits, request, written, out)
+                logits, values = self._next(token, place, slots)
+                token = self._sample(logits, values, request, written, out)
                 written, place = written + 1, place + 1
-            stopped = self._is_last(token, request, written, out)
-            ended = stopped | (written == out.limits[request])
+            stopped, ended = self._ends(token, request, written, out)
             if not bool(ended.any()):
                 continue
-            out.lengths[request[ended]], out.stopped[request[ended]] = written[ended], stopped[ended]
+            out.stopped[request[ended]] = stopped[ended]
+            out.lengths[request[ended]] = torch.minimum(written[ended], out.limits[request[ended]])
             yield request[ended]
             # The slots in use stay the first ones: those behind move into the places of those that have ended.
             left = int((~ended).sum())
@@ -309,10 +357,31 @@ class TransformersEngine:
                     x[gaps] = x[movers]
             request, written, token, place = (x[:left] for x in (request, written, token, place))
 
-    def _sample(self, logits: Tensor, request: Tensor, written: Tensor, out: _Responses) -> Tensor:
-        token, logprob, keep = sample(logits, out.random[request, written], self.temperature, self.filters)
-        out.write(request, written, token, logprob, keep)
+    def _sample(
+        self, logits: Tensor, values: Tensor | None, request: Tensor, written: Tensor, out: _Responses
+    ) -> Tensor:
+        """The next token of each `request` that is not full; of those that are, the value behind them."""
+        if values is None:
+            token, logprob, keep = sample(logits, out.random[request, written], self.temperature, self.filters)
+            out.write(request, written, token, logprob, keep, None)
+            return token
+        full = written == out.limits[request]
+        out.bootstraps[request[full]] = values[full]
+        at = written - full.long()
+        token, logprob, keep = sample(logits, out.random[request, at], self.temperature, self.filters)
+        more = ~full
+        kept = None if keep is None else keep[more]
+        out.write(request[more], at[more], token[more], logprob[more], kept, values[more])
         return token
+
+    def _ends(self, token: Tensor, request: Tensor, written: Tensor, out: _Responses) -> tuple[Tensor, Tensor]:
+        """[B] bool each: which requests `token`, the last of the `written` ones, ends; and which are done with."""
+        if self._value_head is None:
+            stopped = self._is_last(token, request, written, out)
+            return stopped, stopped | (written == out.limits[request])
+        done = written > out.limits[request]  # the value behind it is there
+        stopped = self._is_last(token, request, written.clamp(max=self.max_new_tokens), out) & ~done
+        return stopped, stopped | done
 
     def _is_last(self, token: Tensor, request: Tensor, written: Tensor, out: _Responses) -> Tensor:
         """[B] bool: whether `token`, the last of the `written` ones of its request, ends the response."""
@@ -324,8 +393,11 @@ class TransformersEngine:
             last |= torch.tensor(ends, device=self.device)
         return last
 
-    def _read_prompts(self, prompts: list[np.ndarray], slots: Slots, first_slot: int) -> tuple[Tensor, Tensor]:
-        """Logits [B, V] behind each prompt, and their lengths [B]. They go to the slots from `first_slot` on."""
+    def _read_prompts(
+        self, prompts: list[np.ndarray], slots: Slots, first_slot: int
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Logits [B, V] behind each prompt, values [B] there, and their lengths [B]. They go to the slots from
+        `first_slot` on."""
         numbers: dict[bytes, int] = {}
         of = torch.tensor([numbers.setdefault(x.tobytes(), len(numbers)) for x in prompts], device=self.device)
         different = [np.frombuffer(x, dtype=prompts[0].dtype) for x in numbers]
@@ -337,21 +409,36 @@ class TransformersEngine:
         into = torch.arange(first_slot, first_slot + len(of), device=self.device)
         ends, which = torch.unique(lengths - 1, return_inverse=True)
         places = torch.arange(ids.shape[1], device=self.device)[None].expand_as(ids)
-        logits = self._logits(ids, places, Prompts(slots, into, of), ends)  # [U, ends, V]
-        return logits[torch.arange(len(ids), device=self.device), which][of], lengths[of]
+        logits, values = self._read(
+            input_ids=ids, position_ids=places, use_cache=False, step=Prompts(slots, into, of), logits_to_keep=ends
+        )  # [U, ends, V], [U, ends]
+        row = torch.arange(len(ids), device=self.device)
+        return logits[row, which][of], None if values is None else values[row, which][of], lengths[of]
 
-    def _next_logits(self, token: Tensor, place: Tensor, slots: Slots) -> Tensor:
-        """Logits [B, V] behind `token`, which stands at `place`."""
+    def _next(self, token: Tensor, place: Tensor, slots: Slots) -> tuple[Tensor, Tensor | None]:
+        """Logits [B, V] behind `token`, which stands at `place`, and values [B]."""
         if self._graphs is not None:
-            return self._graphs.logits(token, place, slots)
+            return self._graphs.step(token, place, slots)
         if self._decoder is not None:
-            return self._decoder.logits(token, place, Tokens(slots, place))
+            return self._decoder.step(token, place, Tokens(slots, place))
+        step = Tokens(slots, place)
         with self._packed.in_use():
-            return self._logits(token[:, None], place[:, None], Tokens(slots, place), 1)[:, -1]
+            logits, values = self._read(
+                input_ids=token[:, None], position_ids=place[:, None], use_cache=False, step=step, logits_to_keep=1
+            )
+        return logits[:, -1], None if values is None else values[:, -1]
 
-    def _logits(self, ids: Tensor, places: Tensor, step: Prompts | Tokens, keep: Tensor | int) -> Tensor:
-        out = self.model(input_ids=ids, position_ids=places, use_cache=False, step=step, logits_to_keep=keep)
-        return out.logits
+    def _read(self, **inputs: Any) -> tuple[Tensor, Tensor | None]:
+        """Logits [B, N, V] of the model's own forward, and values [B, N] of what its output layer reads."""
+        if self._value_head is None:
+            return self.model(**inputs).logits, None
+        states: list[Tensor] = []
+        handle = self.model.get_output_embeddings().register_forward_pre_hook(lambda _, args: states.append(args[0]))
+        try:
+            logits = self.model(**inputs).logits
+        finally:
+            handle.remove()
+        return logits, values_of(self._value_head, states[-1])
 
     @contextmanager
     def _attention_over_slots(self) -> Iterator[None]:
@@ -382,11 +469,11 @@ class TransformersEngine:
         slots = Slots(2, max(map(len, rows)))
         try:
             with self._attention_over_slots():
-                logits, place = self._read_prompts([r[:-2].numpy() for r in rows], slots, 0)
+                logits, _, place = self._read_prompts([r[:-2].numpy() for r in rows], slots, 0)
                 found = [logits]
                 for i in (-2, -1):
                     token = torch.stack([r[i] for r in rows]).to(self.device)
-                    found.append(self._next_logits(token, place, slots).clone())
+                    found.append(self._next(token, place, slots)[0].clone())
                     place = place + 1
         except (NotImplementedError, TypeError, ValueError, RuntimeError, AttributeError, LookupError):
             return (
@@ -406,14 +493,19 @@ class TransformersEngine:
         rows = torch.arange(len(texts), device=self.device)  # which request each row of the cache belongs to
         alive, written = torch.ones_like(rows, dtype=torch.bool), out.begun.clone()  # of each row
         while True:
-            logits = self._forward(ids, mask, positions, cache)
+            logits, values = self._forward(ids, mask, positions, cache)
             at = written.clamp(max=self.max_new_tokens - 1)  # where a row that has ended writes nothing
             token, logprob, keep = sample(logits, out.random[rows, at], self.temperature, self.filters)
-            out.write(rows[alive], at[alive], token[alive], logprob[alive], None if keep is None else keep[alive])
+            more = alive & (written < out.limits[rows])
+            if values is not None:
+                full = alive & ~more
+                out.bootstraps[rows[full]], values = values[full], values[more]
+            out.write(rows[more], at[more], token[more], logprob[more], None if keep is None else keep[more], values)
             written = written + 1
-            stopped = alive & self._is_last(token, rows, written, out)
+            stopped, ended = self._ends(token, rows, written, out)
+            stopped = alive & stopped
             out.stopped[rows[stopped]], out.lengths[rows[stopped]] = True, written[stopped]
-            left = alive & ~stopped & (written < out.limits[rows])
+            left = alive & ~ended
             if not bool(torch.equal(left, alive)):
                 yield rows[alive & ~left]
             alive = left
@@ -427,13 +519,15 @@ class TransformersEngine:
             ids, positions = token.unsqueeze(-1), positions[:, -1:] + 1
             mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
 
-    def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache) -> Tensor:
-        """Logits of the next token, [B, V]; the cache grows by the width of ids."""
+    def _forward(
+        self, ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache
+    ) -> tuple[Tensor, Tensor | None]:
+        """Logits of the next token, [B, V], and values [B]; the cache grows by the width of ids."""
         extra = {"position_ids": positions} if self._takes_positions else {}
-        out = self.model(
+        logits, values = self._read(
             input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1, **extra
         )
-        return out.logits[:, -1]
+        return logits[:, -1], None if values is None else values[:, -1]
 
     def _pad_left(self, prompts: list[np.ndarray]) -> tuple[Tensor, Tensor]:
         width = max(len(p) for p in prompts)

@@ -69,6 +69,27 @@ def test_an_untouched_step_of_a_run_is_equal_in_every_bit(step, recorded):
     assert said["why_not_exact"] is None and said["losses and gradients"]["compared"] > 1000
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_log_probs_and_values_of_workers_are_those_of_the_learners_own_forward(tmp_path):
+    """With `rollout.emit_values` a step takes what workers gave; all that was made of it is equal in every bit."""
+    options = [word for key, value in SMALL.items() for word in (f"--{key}", str(value))]
+    more = ["--run.deterministic", "--rollout.emit_values", "true", "--ppo.bootstrap_cut", "true", "--run.steps", "2"]
+    run = Run(tmp_path / "r", *options, *more)
+    assert run.end(500) == 0, run.words()
+    for row in run.rows():
+        assert row["logprob_diff/max"] < 1e-4 and 0 <= row["value/diff_max"] < 1e-4
+    assert run.rows()[1]["value/diff_max"] > 0  # in the first step all values are 0
+    rows = [row for table in ledger_table.read(run.folder, 2)[:1] for row in table.to_pylist()]
+    assert all(row["values"] == row["rollout_values"] for row in rows)
+    cut = [row["bootstrap_value"] for row in rows if row["finish_reason"] == "length"]
+    assert cut and all(cut)
+    said = replayed(run.folder, 2, 0)
+    verdicts = {s["name"]: s["verdict"] for s in said["stages"]}
+    assert verdicts.pop("log-probs and values") == "within tolerance" and set(verdicts.values()) == {"equal"}, said
+    assert 0 < said["log-probs and values"]["largest"] < 1e-4 and said["why_not_exact"] is None
+
+
 def one_reward(run: Path) -> None:
     def change(rows):
         dict(rows[7]["component_rewards"])["consistency"][2] += 1.0
