@@ -463,8 +463,8 @@ MUTATIONS = [
     Mutation(
         "the stop token is no part of the response",
         ENGINE_PY,
-        "= written[ended], stopped[ended]",
-        "= written[ended] - stopped[ended].long(), stopped[ended]",
+        "torch.minimum(written[ended], out",
+        "torch.minimum(written[ended] - stopped[ended].long(), out",
         ENGINE,
     ),
     Mutation("a cut response says that it stopped", ENGINE_PY, '"stop" if stop else "length"', '"stop"', ENGINE),

@@ -47,10 +47,13 @@ class Tolerances:
 
     @classmethod
     def of(cls, dtype: str, *, by_workers: bool = False) -> "Tolerances":
-        """Where bits may differ. `by_workers`: log-probs and values of the step are the workers' (`rollout.emit_values`),
-        who may be as far from the learner as a run bears. Log-probs may by what a run itself bears between two passes of the learner (the first
-        ratio off 1), after optimizer steps by what it bears on one token between worker and learner. Measured between
-        two learner processes and one, on cards: fp32 1.4e-6, 2.8e-5 and means 5e-8; bf16 4e-5, 0.13 and means 0.02."""
+        """Where bits may differ.
+
+        Log-probs may by what a run itself bears between two passes of the learner (the first ratio off 1), after
+        optimizer steps by what it bears on one token between worker and learner; `by_workers`: before them too, for
+        log-probs and values of the step are the workers' (`rollout.emit_values`). Measured between two learner
+        processes and one, on cards: fp32 1.4e-6, 2.8e-5 and means 5e-8; bf16 4e-5, 0.13 and means 0.02.
+        """
         limits = TOLERANCES[dtype]
         means = {"float32": 1e-3, "bfloat16": 0.05}[dtype]
         near, update = limits["ratio"], limits["logprob_max"]
