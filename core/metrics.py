@@ -294,7 +294,8 @@ SECTIONS: dict[str, tuple[Metric, ...]] = {
         ),
         Metric(
             "ppo/first_ratio_error",
-            "Largest distance of a ratio from 1 in the first mini-batch, where ratios are against the policy before.",
+            "Largest distance of a ratio from 1 in the first mini-batch, where ratios are against the policy before."
+            " With rollout.emit_values the old log-probs are the workers'.",
             "1",
             "none: a maximum over tokens",
             "below 1e-4 in fp32; larger means that old and new log-probs are not computed alike",
@@ -314,12 +315,19 @@ SECTIONS: dict[str, tuple[Metric, ...]] = {
             "exactly 1 in the first mini-batch; 0.95 to 1.05",
         ),
         Metric(
+            "value/diff_mean",
+            "With rollout.emit_values: distance between the workers' values and the learner's in the first mini-batch"
+            " of the step, as a share of the root mean square of the learner's.",
+            "1",
+            "states",
+            "below 1e-3 in fp32, 0.05 in bf16; larger means that the workers' value head is an old one",
+        ),
+        Metric(
             "value/diff_max",
-            "With rollout.emit_values: the largest distance between a worker's value and the learner's, in the first"
-            " mini-batch of the step, divided by the largest value where that is above 1.",
-            "reward",
+            "The largest of the distances of value/diff_mean.",
+            "1",
             "none: a maximum over states",
-            "below 1e-3 in fp32; larger means that the workers' value head is an old one",
+            "below 1e-2 in fp32, 0.5 in bf16",
         ),
         Metric(
             "value/explained_variance",

@@ -65,12 +65,13 @@ class Subject:
 
     @property
     def tolerances(self) -> Tolerances:
-        emitted = self.cfg.rollout.emit_values
-        near = Tolerances.of(self.cfg.model.dtype, by_workers=emitted)
+        dtype = self.cfg.model.dtype
+        near = Tolerances.of(dtype)
         if self.why_not_exact is not None:
-            return near
+            return near.by_workers(dtype) if self.cfg.rollout.emit_values else near
         others_beside = self.cfg.rollout.in_rounds or self.cfg.resources.reward_batch_size is not None
-        return Tolerances(scores=near.scores if others_beside else 0.0, forward=near.forward if emitted else 0.0)
+        exact = Tolerances(scores=near.scores if others_beside else 0.0)
+        return exact.by_workers(dtype) if self.cfg.rollout.emit_values else exact
 
 
 def replay_run(run: Path, step: int, *, as_json: bool = False, console: Console | None = None) -> int:

@@ -485,8 +485,8 @@ MUTATIONS = [
     Mutation(
         "a full response is ended by what is drawn behind it",
         ENGINE_PY,
-        "request, written.clamp(max=self.max_new_tokens), out) & ~done",
-        "request, written.clamp(max=self.max_new_tokens), out)",
+        "request, written.clamp(max=out.steps), out) & ~done",
+        "request, written.clamp(max=out.steps), out)",
         EMITTED,
     ),
     Mutation(
@@ -499,15 +499,22 @@ MUTATIONS = [
     Mutation(
         "log-probs of workers are not held against the learner's",
         LEARNER_PY,
-        "worst, worst_value = self.ranks",
-        "worst, worst_value = 0.0 * apart, 0.0\n        apart = 0.0\n        _ = self.ranks",
+        "sums |= {_LOGPROBS_APART: apart.sum(), LOGPROB_ERROR: apart.max()}",
+        "sums |= {_LOGPROBS_APART: 0 * apart.sum(), LOGPROB_ERROR: 0 * apart.max()}",
         EMITTED,
     ),
     Mutation(
         "values of workers are not held against the learner's",
         LEARNER_PY,
-        "sums[VALUE_ERROR] = (off /",
-        "sums[VALUE_ERROR] = (0.0 * off /",
+        "off = (own - given",
+        "off = 0 * (own - given",
+        EMITTED,
+    ),
+    Mutation(
+        "values behind cut responses are not held against the learner's",
+        LEARNER_PY,
+        "own = torch.cat([values[:m], values[m:][cut]]).double()",
+        "own = torch.cat([values[:m], given[m:]]).double()",
         EMITTED,
     ),
     Mutation(

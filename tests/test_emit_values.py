@@ -171,7 +171,7 @@ def test_the_learner_takes_what_it_would_have_computed(name, value):
     assert means["objective/entropy"] == pytest.approx(float(-batch.rollout_logprobs[mask].mean()), rel=1e-5)
     assert not {name for name in means if name.startswith("logprob_diff")} and "logprob_diff/max" in own_means
     stats = update(it, taken)
-    assert stats["logprob_diff/max"] < 3e-5 and stats["value/diff_max"] < 3e-5
+    assert stats["logprob_diff/max"] < 3e-5 and 0 < stats["value/diff_mean"] < stats["value/diff_max"] < 3e-5
     assert stats["ppo/first_ratio_error"] < 1e-4
 
 
@@ -189,37 +189,78 @@ def off(what: str, by: float) -> Callable[[Trajectory], Trajectory]:
     return lambda t: replace(t, **{what: getattr(t, what) + np.float32(by)})
 
 
-@pytest.mark.parametrize(
-    ("spoil", "words"),
-    [
-        (off("rollout_logprobs", 0.01), "log-probs of rollout workers and learner differ by 0.01"),
-        (off("rollout_logprobs", 3e-5), "mean over the tokens of the first mini-batch"),
-        (off("rollout_values", 0.1), "values of rollout workers and learner differ"),
-    ],
-)
-def test_workers_that_compute_something_else_stop_the_first_mini_batch(spoil, words):
-    cfg = configured(**{"ppo.mini_batch_size": N // 2})
-    it = learner(cfg)
+def bootstrap(to: Callable[[float], float]) -> Callable[[Trajectory], Trajectory]:
+    return lambda t: t if t.rollout_bootstrap is None else replace(t, rollout_bootstrap=to(t.rollout_bootstrap))
+
+
+def shifted(t: Trajectory) -> Trajectory:
+    return replace(t, rollout_values=np.roll(t.rollout_values, -1))
+
+
+SPOILT = {
+    "log-probs": (off("rollout_logprobs", 0.01), "log-probs of rollout workers and learner differ by 0.01"),
+    "log-probs a little": (off("rollout_logprobs", 3e-5), "mean over the first mini-batch"),
+    "values": (off("rollout_values", 0.1), "values of rollout workers and learner differ"),
+    "values of the next token": (shifted, "values of rollout workers and learner differ"),
+    "a bootstrap of 0": (bootstrap(lambda x: 0.0), "values of rollout workers and learner differ"),
+    "a bootstrap": (bootstrap(lambda x: x + 1), "values of rollout workers and learner differ"),
+}
+
+
+@pytest.mark.parametrize("name", SPOILT)
+@pytest.mark.parametrize("micro", [1, 12])
+def test_workers_that_compute_something_else_stop_the_first_mini_batch(name, micro):
+    spoil, words = SPOILT[name]
+    more = {"ppo.mini_batch_size": N // 2, "ppo.micro_batch_size": micro, "ppo.bootstrap_cut": "bootstrap" in name}
+    it = learner(configured(**more))
     before = {n: x.clone() for n, x in it.export_weights().items()}
     spoilt = [spoil(t) for t in written(engine())]
     it.step = 1  # before the first step policy and reference are compared as well
     with pytest.raises(InvariantFault, match=words):
         update(it, it.annotate(TrainBatch.collate(spoilt))[0])
     assert all(torch.equal(x, before[n]) for n, x in it.export_weights().items())
-    unchecked = learner(configured(**{"ppo.mini_batch_size": N // 2, "run.checks": False}))
+    unchecked = learner(configured(**more, **{"run.checks": False}))
     update(unchecked, unchecked.annotate(TrainBatch.collate(spoilt))[0])
 
 
-def test_a_value_head_that_was_not_sent_is_found():
-    """The workers' is zero until their first version, so all of their values are."""
-    served, it = TransformersEngine(model("llama-tied"), (0,), values=True, temperature=0.8, max_new_tokens=8), None
-    it = learner(configured())
-    batch, _ = it.annotate(TrainBatch.collate(written(served)))
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("size", [1.0, 1e-3])
+@pytest.mark.parametrize("what", ["not sent", "twice as large", "of the next token"])
+def test_a_wrong_value_head_is_found_whatever_the_unit_of_rewards(what, size, dtype):
+    """In bfloat16 too, where a log-prob may be off by much. The workers' head is zero until their first version."""
+    cfg = configured(**{"model.dtype": dtype})
+    it = Learner(cfg, Accelerator(cpu=True), model("llama-tied"), model("llama-tied"))
+    with torch.no_grad():
+        it.policy.value_head.weight.copy_(a_head()["value_head.weight"] * size)
+    lm = model("llama-tied").to(getattr(torch, dtype))
+    served = TransformersEngine(lm, tuple(range(30)), values=True, temperature=0.8, max_new_tokens=LONGEST)
+    sent = it.export_weights()
+    if what != "not sent":
+        send(receiver_of(served.live_tensors()), sent, 1)
+        served.use_weights()
+    change = {"of the next token": shifted, "twice as large": lambda t: replace(t, rollout_values=2 * t.rollout_values)}
+    wrong = [change.get(what, lambda t: t)(t) for t in written(served)]
     with pytest.raises(InvariantFault, match="values of rollout workers and learner differ"):
-        update(it, batch)
-    send(receiver_of(served.live_tensors()), it.export_weights(), 1)
+        update(it, it.annotate(TrainBatch.collate(wrong))[0])
+    send(receiver_of(served.live_tensors()), sent, 2)
     served.use_weights()
-    update(it, it.annotate(TrainBatch.collate(written(served)))[0])
+    stats = update(it, it.annotate(TrainBatch.collate(written(served)))[0])
+    assert stats["value/diff_mean"] < (1e-5 if dtype == "float32" else 0.02)
+
+
+def test_the_reference_must_have_come_with_the_rewards_where_nothing_is_computed():
+    it = Learner(configured(**{"model.reference": "reward_server"}), Accelerator(cpu=True), model("llama-tied"), None)
+    scored = [replace(t, ref_logprobs=t.rollout_logprobs) for t in written(engine())]
+    assert it.annotate(TrainBatch.collate(scored))[1]["objective/kl"] == 0
+    with pytest.raises(AssertionError, match="no reference came with the rewards"):
+        it.annotate(TrainBatch.collate([replace(scored[0], ref_logprobs=None), *scored[1:]]))
+
+
+def test_a_first_mini_batch_with_none_of_the_tokens_of_this_process_says_nothing():
+    it = learner(configured())
+    batch, _ = it.annotate(TrainBatch.collate(written(engine())))
+    blind = replace(batch, response_mask=torch.zeros_like(batch.response_mask))
+    assert not {name for name in update(it, blind) if "diff" in name}
 
 
 @pytest.mark.parametrize("more", [{}, {"model.lora_rank": 2}, {"model.dtype": "bfloat16"}])

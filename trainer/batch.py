@@ -135,7 +135,8 @@ class TrainBatch:
     def writers_logprobs(self, off_policy: bool) -> Tensor:
         """[B, T] of the policy that wrote the tokens, which the KL penalty is about. Of an older one the engine's: by
         the learner's, a token that the policy has since turned away from would earn a bonus, the more the more it is
-        avoided. On-policy the learner's, computed as those of the reference are."""
+        avoided. On-policy old_logprobs: the learner's, computed as those of the reference are, unless workers emit
+        values too."""
         return self.rollout_logprobs if off_policy else self.old_logprobs
 
     def rows(self, index: np.ndarray) -> "TrainBatch":

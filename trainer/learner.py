@@ -51,10 +51,18 @@ TOLERANCES = {
     "float32": {"ratio": 1e-4, "logprob_mean": 1e-5, "logprob_max": 1e-3, "probe": 3e-4},
     "bfloat16": {"ratio": 0.2, "logprob_mean": 0.02, "logprob_max": 1.0, "probe": 0.3},
 }
+# Of values that workers gave, as shares of the root mean square of the learner's: whatever unit rewards have.
+VALUE_TOLERANCES = {
+    "float32": {"value_mean": 1e-3, "value_max": 1e-2},
+    "bfloat16": {"value_mean": 0.05, "value_max": 0.5},
+}
 
 
 _LOSS = "the loss itself"  # among the sums of a micro-batch: looked at, not logged
-_LOGPROBS_APART = "sum of the distances of log-probs"  # likewise; LOGPROB_ERROR is the largest of them
+# Likewise, sums where workers emit values: distances of log-probs and of values from theirs, squares of the learner's
+# values, and the number of states that have one. The largest distances are LOGPROB_ERROR and VALUE_ERROR.
+_LOGPROBS_APART, _VALUES_APART, _VALUES_SQUARED, _STATES = "|log-probs|", "|values|", "values^2", "states"
+_UNLOGGED = (*LARGEST, _LOSS, _LOGPROBS_APART, _VALUES_APART, _VALUES_SQUARED, _STATES)
 
 
 @dataclass(frozen=True)
@@ -218,6 +226,7 @@ class Learner:
                 after[torch.from_numpy(rows)] = of_states[m:].to("cpu", dtype)
         if emitted and len(batch):
             assert batch.rollout_values is not None, "workers that are to emit values gave none"
+            assert self._ref is not None or batch.ref_logprobs is not None, "no reference came with the rewards"
             old = torch.where(mask, batch.rollout_logprobs, 0.0).to(dtype)
             values[..., 0], after[:, 0], entropy = batch.rollout_values, batch.rollout_bootstraps, -old
         bootstrapped = batch.cut & self.cfg.ppo.bootstrap_cut
@@ -335,7 +344,7 @@ class Learner:
         """Add what one epoch says to `sums`; its mean approx_kl over the tokens of all ranks."""
         n, n_text = float(totals.pop("tokens")), float(totals.pop("text tokens", 0.0))
         for name, total in totals.items():
-            if name not in (*LARGEST, _LOSS, _LOGPROBS_APART):
+            if name not in _UNLOGGED:
                 sums.add(name, float(total), n_text if name == "loss/ptx" else n)
         kl, n = self.ranks.sum_list([float(totals["ppo/approx_kl"]), n])
         return kl / max(n, 1.0)
@@ -425,21 +434,29 @@ class Learner:
     def _compare_emitted(self, totals: dict[str, Tensor]) -> None:
         """Raise InvariantFault, on all ranks at once, where the first forward of a step finds other log-probs or values
         than the workers gave. `totals`: of the first mini-batch of this rank."""
-        apart, n = self.ranks.sum_list([float(totals.get(_LOGPROBS_APART, 0.0)), float(totals["tokens"])])
+        names = (_LOGPROBS_APART, "tokens", _VALUES_APART, _VALUES_SQUARED, _STATES)
+        apart, n, off, squared, states = self.ranks.sum_list([float(totals.get(name, 0.0)) for name in names])
         names = (LOGPROB_ERROR, VALUE_ERROR)
-        worst, worst_value = self.ranks.gather_max([float(totals.get(name, 0.0)) for name in names])
-        found = {"logprob_diff/mean": apart / max(n, 1.0), "logprob_diff/max": worst, "value/diff_max": worst_value}
+        worst, worst_off = self.ranks.gather_max([float(totals.get(name, 0.0)) for name in names])
+        if not n:
+            return
+        rms = max(math.sqrt(squared / states), 1e-30)  # with a head that is zero yet both are, and nothing differs
+        found = {
+            "logprob_diff/mean": apart / n,
+            "logprob_diff/max": worst,
+            "value/diff_mean": off / states / rms,
+            "value/diff_max": worst_off / rms,
+        }
         self._first |= found
         if not self.cfg.run.checks:
             return
-        for name, what, over in (
-            ("logprob_diff/mean", "log-probs", "mean over the tokens of the first mini-batch"),
-            ("logprob_diff/max", "log-probs", "max over the tokens of the first mini-batch"),
-            ("value/diff_max", "values", "max over the states of the first mini-batch, of the largest value"),
-        ):
-            limit = self._limits["logprob_mean" if name.endswith("mean") else "logprob_max"]
-            if not found[name] <= limit:
-                raise self._differs(what, found[name], over, limit)
+        limits = self._limits | VALUE_TOLERANCES[self.cfg.model.dtype]
+        for name, value in found.items():
+            kind, what = name.split("_diff/" if name.startswith("logprob") else "/diff_")
+            limit, of_first = limits[f"{kind}_{what}"], f"{what} over the first mini-batch"
+            if not value <= limit:
+                over = of_first if kind == "logprob" else f"{of_first}, of the learner's root mean square"
+                raise self._differs("log-probs" if kind == "logprob" else "values", value, over, limit)
 
     def _compare_ranks(self) -> None:
         """Raise InvariantFault if ranks hold other parameters than this one after their first step together."""
@@ -506,9 +523,7 @@ class Learner:
                 torch.stack([of[name] for name in heads], dim=-1) for of in (micro.head_values, micro.head_returns)
             )
         if self.cfg.rollout.emit_values and len(every):
-            given = flat(known_values)
-            off = (values[: len(every)].detach() - given).abs().max()
-            sums[VALUE_ERROR] = (off / given.abs().max().clamp(min=1.0)).double()
+            sums |= self._off_workers(micro, values.detach())
         vf_loss, vf_stats = ppo.value_loss(
             values[: len(every)],
             flat(known_values),
@@ -523,6 +538,20 @@ class Learner:
             sums["loss/value"] = vf_loss.detach().double() * n_valid
             sums["ppo/vf_clipfrac"] = vf_stats["vf_clipfrac"].double() * len(every)
         return loss, sums
+
+    def _off_workers(self, micro: TrainBatch, values: Tensor) -> dict[str, Tensor]:
+        """How far the learner's values ([M + S], S states behind responses) are from those of the workers, the values
+        behind responses that were cut among them."""
+        m, cut = int(micro.response_mask.sum()), micro.cut.to(self.device)
+        given = torch.cat([micro.rollout_values[micro.response_mask], micro.rollout_bootstraps[micro.cut]])
+        own = torch.cat([values[:m], values[m:][cut]]).double()
+        off = (own - given.to(self.device).double()).abs()
+        return {
+            VALUE_ERROR: off.max(),
+            _VALUES_APART: off.sum(),
+            _VALUES_SQUARED: own.square().sum(),
+            _STATES: torch.full_like(off.sum(), float(len(own))),
+        }
 
     def _text_loss(self, rows: np.ndarray, n_tokens: int) -> tuple[Tensor, Tensor]:
         """ptx_coef times the share of some texts in the LM loss of an optimizer step, and the sum of their losses."""

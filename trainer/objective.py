@@ -18,8 +18,7 @@ from core.schema import PPOConfig
 from trainer import ppo
 
 RATIO_ERROR = "ratio_error"  # max |ratio - 1|: no metric
-# Of what is to be known of tokens these are not added but compared: distances of this forward from what the rollout
-# workers said of the same tokens. trainer/learner.py takes them where workers emit values.
+# Maxima too: distances of this forward from what workers that emit values said of the same tokens (trainer/learner.py).
 LOGPROB_ERROR, VALUE_ERROR = "logprob_error", "value_error"
 LARGEST = (RATIO_ERROR, LOGPROB_ERROR, VALUE_ERROR)
 

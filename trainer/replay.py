@@ -23,7 +23,7 @@ from core.faults import InvariantFault
 from core.schema import Config
 from core.trajectory import Trajectory
 from trainer.batch import TrainBatch
-from trainer.learner import TOLERANCES, Learner
+from trainer.learner import TOLERANCES, VALUE_TOLERANCES, Learner
 from trainer.ledger import numbers_of
 from trainer.loop import credit
 from trainer.recorded import RecordedStep
@@ -42,23 +42,29 @@ class Tolerances:
     scores: float = 0.0  # of components: a model among them reads other responses beside each
     arithmetic: float = 0.0  # sums over a batch in another order, float32
     forward: float = 0.0  # log-probs and values, other rows beside each other or other threads
+    workers: float = 0.0  # log-probs of the step where they are the workers' (`rollout.emit_values`); 0: they are not
+    worker_values: float = 0.0  # likewise, values and bootstraps, as a share of the root mean square of the values
     update: float = 0.0  # of tokens after some optimizer steps, each of which starts from the last one's rounding
     means: float = 0.0  # of what is logged of these steps
 
     @classmethod
-    def of(cls, dtype: str, *, by_workers: bool = False) -> "Tolerances":
+    def of(cls, dtype: str) -> "Tolerances":
         """Where bits may differ.
 
         Log-probs may by what a run itself bears between two passes of the learner (the first ratio off 1), after
-        optimizer steps by what it bears on one token between worker and learner; `by_workers`: before them too, for
-        log-probs and values of the step are the workers' (`rollout.emit_values`). Measured between two learner
-        processes and one, on cards: fp32 1.4e-6, 2.8e-5 and means 5e-8; bf16 4e-5, 0.13 and means 0.02.
+        optimizer steps by what it bears on one token between worker and learner; so they may before them where they are
+        the workers'. Measured between two learner processes and one, on cards: fp32 1.4e-6, 2.8e-5 and means 5e-8; bf16
+        4e-5, 0.13 and means 0.02.
         """
         limits = TOLERANCES[dtype]
         means = {"float32": 1e-3, "bfloat16": 0.05}[dtype]
-        near, update = limits["ratio"], limits["logprob_max"]
-        forward = update if by_workers else near
-        return cls(scores=near, arithmetic=1e-5, forward=forward, update=update, means=means)
+        forward, update = limits["ratio"], limits["logprob_max"]
+        return cls(scores=forward, arithmetic=1e-5, forward=forward, update=update, means=means)
+
+    def by_workers(self, dtype: str) -> "Tolerances":
+        """The same where log-probs and values of the step are the workers'."""
+        workers, values = TOLERANCES[dtype]["logprob_max"], VALUE_TOLERANCES[dtype]["value_max"]
+        return replace(self, workers=workers, worker_values=values)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,13 +113,16 @@ class Comparison:
         self._largest, self._first = 0.0, None
         self._notes: list[str] = []
 
-    def tokens(self, what: str, recorded: Tensor, replayed: Tensor, mask: Tensor) -> None:
-        """[B, T] each, where `mask` is True."""
-        self._compare(what, recorded, replayed, mask)
+    def tokens(
+        self, what: str, recorded: Tensor, replayed: Tensor, mask: Tensor, tolerance: float | None = None
+    ) -> None:
+        """[B, T] each, where `mask` is True. `tolerance`: another than that of the stage."""
+        self._compare(what, recorded, replayed, mask, tolerance=tolerance)
 
-    def responses(self, what: str, recorded: Tensor, replayed: Tensor) -> None:
+    def responses(self, what: str, recorded: Tensor, replayed: Tensor, tolerance: float | None = None) -> None:
         """[B] each."""
-        self._compare(what, recorded, replayed, torch.ones(recorded.shape, dtype=torch.bool))
+        every = torch.ones(recorded.shape, dtype=torch.bool)
+        self._compare(what, recorded, replayed, every, tolerance=tolerance)
 
     def number(self, what: str, recorded: float | None, replayed: float, tolerance: float | None = None) -> None:
         """None is NaN: as metrics.jsonl has it. `tolerance`: another than that of the stage."""
@@ -216,14 +225,16 @@ def weigh(recorded: RecordedStep, cfg: Config, running: dict[str, RunningMoments
 def annotate(recorded: RecordedStep, learner: Learner, tolerances: Tolerances) -> tuple[Stage, TrainBatch]:
     """Log-probs and values under the policy before the step. Returns the batch as the learner fills it, by a forward of
     its own also where the step took what workers said."""
-    c = Comparison("log-probs and values", tolerances.forward, recorded.uids)
+    c = Comparison("log-probs and values", tolerances.workers or tolerances.forward, recorded.uids)
     batch, _ = learner.annotate(recorded.batch, own=True)
     mask, numbers = batch.response_mask, recorded.numbers
     c.tokens("old_logprobs", numbers["old_logprobs"], batch.old_logprobs, mask)
-    c.tokens("ref_logprobs", numbers["ref_logprobs"], batch.ref_logprobs, mask)
+    c.tokens("ref_logprobs", numbers["ref_logprobs"], batch.ref_logprobs, mask, tolerances.forward)
     if batch.values is not None:
-        c.tokens("values", numbers["values"], batch.values, mask)
-        c.responses("bootstrap_value", recorded.bootstrap_values, batch.bootstrap_values)
+        rms = float(batch.values[mask].double().square().mean().sqrt())
+        of_values = min(1.0, rms) * tolerances.worker_values if tolerances.workers else tolerances.forward
+        c.tokens("values", numbers["values"], batch.values, mask, of_values)
+        c.responses("bootstrap_value", recorded.bootstrap_values, batch.bootstrap_values, of_values)
     return c.stage(), batch
 
 
@@ -311,7 +322,8 @@ def compare_weights(recorded: RecordedStep, digest: str, saved: Mapping[str, Ten
     c = Comparison("weights")
     c.same("policy_digest", recorded.said["policy_digest"], digest)
     if saved is None:
-        c.note("of the policy, not of the value function: that is in the checkpoint of this step alone")
+        if not learner.cfg.rollout.emit_values:  # then the workers get its head too
+            c.note("of the policy, not of the value function: that is in the checkpoint of this step alone")
         return c.stage()
     for name, parameter in learner.policy.named_parameters():
         if name in saved:  # of tied ones one is

@@ -92,18 +92,19 @@ def _fit(texts: list[np.ndarray], first: int, last: int) -> int:
 
 @dataclass(frozen=True)
 class _Responses:
-    """What is being written, on the device of the model."""
+    """What is being written, on the device of the model. With values there is a column more than steps: what comes
+    behind a full response is written there, and its value is the bootstrap."""
 
+    steps: int
     random: Tensor  # [B, steps] float64: number t decides token t
-    ids: Tensor  # [B, steps]
-    logprobs: Tensor  # [B, steps]
+    ids: Tensor  # [B, columns]
+    logprobs: Tensor  # [B, columns]
     limits: Tensor  # [B] of its tokens, where each is left
     lengths: Tensor  # [B]
     stopped: Tensor  # [B] bool
     begun: Tensor  # [B] tokens that were there before
     turn: Tensor  # [B] where the turn that is written starts
-    values: Tensor | None  # [B, steps] of the states before them
-    bootstraps: Tensor | None  # [B] of the state after the last, where a response is cut
+    values: Tensor | None  # [B, columns] of the states before them
     kept: list[list[np.ndarray]] | None  # of each request, of each token: the ids it was drawn from; None: no filter
 
     @classmethod
@@ -118,8 +119,8 @@ class _Responses:
         most: int | None,
         valued: bool,
     ) -> "_Responses":
-        n = len(requests)
-        ids, logprobs = torch.zeros((n, steps), dtype=torch.long), torch.zeros((n, steps), dtype=torch.float32)
+        n, columns = len(requests), steps + valued
+        ids, logprobs = torch.zeros((n, columns), dtype=torch.long), torch.zeros((n, columns), dtype=torch.float32)
         starts = torch.zeros(n, dtype=torch.long)
         turn = torch.tensor([0 if start is None else start.turn for start in begun], dtype=torch.long)
         kept: list[list[np.ndarray]] = [[] for _ in requests]
@@ -133,6 +134,7 @@ class _Responses:
                     kept[i] = [start.kept[t] for t in range(len(start.kept))]
         limits = torch.full((n,), steps) if most is None else (starts + most).clamp(max=steps)
         return cls(
+            steps=steps,
             random=torch.from_numpy(np.stack([uniforms(r, steps) for r in requests])).to(device),
             ids=ids.to(device),
             logprobs=logprobs.to(device),
@@ -141,8 +143,7 @@ class _Responses:
             stopped=torch.zeros(n, dtype=torch.bool, device=device),
             begun=starts.to(device),
             turn=turn.to(device),
-            values=torch.zeros((n, steps), device=device) if valued else None,
-            bootstraps=torch.zeros(n, device=device) if valued else None,
+            values=torch.zeros((n, columns), device=device) if valued else None,
             kept=kept if filtered else None,
         )
 
@@ -159,7 +160,7 @@ class _Responses:
         self.ids[request, number], self.logprobs[request, number] = token, logprob
         if value is not None:
             self.values[request, number] = value
-        if keep is not None and len(request):
+        if keep is not None:
             ids = keep.nonzero()[:, 1].int().cpu().numpy()
             sets = np.split(ids, keep.sum(-1).cumsum(-1)[:-1].cpu().numpy())
             for row, kept in zip(request.tolist(), sets, strict=True):
@@ -167,10 +168,9 @@ class _Responses:
 
     def generations(self, ended: Tensor) -> Iterator[tuple[int, Generation]]:
         """Of the requests `ended` [E], with their numbers, by these."""
-        ended, steps = ended.sort().values, self.ids.shape[1]
+        ended = ended.sort().values
         ids, logprobs = self.ids[ended].cpu().numpy(), self.logprobs[ended].cpu().numpy()
         values = None if self.values is None else self.values[ended].cpu().numpy()
-        behind = None if self.values is None else self.bootstraps[ended].tolist()
         rows = (ended.tolist(), self.lengths[ended].tolist(), self.stopped[ended].tolist())
         for row, (i, length, stop) in enumerate(zip(*rows, strict=True)):
             yield (
@@ -178,10 +178,10 @@ class _Responses:
                 Generation(
                     response_ids=ids[row, :length].copy(),
                     logprobs=logprobs[row, :length].copy(),
-                    finish_reason="stop" if stop else "length" if length == steps else None,
-                    kept=None if self.kept is None else KeptTokens.of(self.kept[i]),
+                    finish_reason="stop" if stop else "length" if length == self.steps else None,
+                    kept=None if self.kept is None else KeptTokens.of(self.kept[i][:length]),
                     values=None if values is None else values[row, :length].copy(),
-                    bootstrap=None if behind is None or stop else behind[row],
+                    bootstrap=None if values is None or stop else float(values[row, length]),
                 ),
             )
 
@@ -360,18 +360,9 @@ class TransformersEngine:
     def _sample(
         self, logits: Tensor, values: Tensor | None, request: Tensor, written: Tensor, out: _Responses
     ) -> Tensor:
-        """The next token of each `request` that is not full; of those that are, the value behind them."""
-        if values is None:
-            token, logprob, keep = sample(logits, out.random[request, written], self.temperature, self.filters)
-            out.write(request, written, token, logprob, keep, None)
-            return token
-        full = written == out.limits[request]
-        out.bootstraps[request[full]] = values[full]
-        at = written - full.long()
-        token, logprob, keep = sample(logits, out.random[request, at], self.temperature, self.filters)
-        more = ~full
-        kept = None if keep is None else keep[more]
-        out.write(request[more], at[more], token[more], logprob[more], kept, values[more])
+        random = out.random[request, written.clamp(max=out.steps - 1)]  # what is drawn behind a full one is left out
+        token, logprob, keep = sample(logits, random, self.temperature, self.filters)
+        out.write(request, written, token, logprob, keep, values)
         return token
 
     def _ends(self, token: Tensor, request: Tensor, written: Tensor, out: _Responses) -> tuple[Tensor, Tensor]:
@@ -380,7 +371,7 @@ class TransformersEngine:
             stopped = self._is_last(token, request, written, out)
             return stopped, stopped | (written == out.limits[request])
         done = written > out.limits[request]  # the value behind it is there
-        stopped = self._is_last(token, request, written.clamp(max=self.max_new_tokens), out) & ~done
+        stopped = self._is_last(token, request, written.clamp(max=out.steps), out) & ~done
         return stopped, stopped | done
 
     def _is_last(self, token: Tensor, request: Tensor, written: Tensor, out: _Responses) -> Tensor:
@@ -494,13 +485,10 @@ class TransformersEngine:
         alive, written = torch.ones_like(rows, dtype=torch.bool), out.begun.clone()  # of each row
         while True:
             logits, values = self._forward(ids, mask, positions, cache)
-            at = written.clamp(max=self.max_new_tokens - 1)  # where a row that has ended writes nothing
-            token, logprob, keep = sample(logits, out.random[rows, at], self.temperature, self.filters)
-            more = alive & (written < out.limits[rows])
-            if values is not None:
-                full = alive & ~more
-                out.bootstraps[rows[full]], values = values[full], values[more]
-            out.write(rows[more], at[more], token[more], logprob[more], None if keep is None else keep[more], values)
+            random = out.random[rows, written.clamp(max=out.steps - 1)]  # for what has ended it is drawn in vain
+            token, logprob, keep = sample(logits, random, self.temperature, self.filters)
+            drawn = (x if x is None else x[alive] for x in (token, logprob, keep, values))
+            out.write(rows[alive], written[alive], *drawn)
             written = written + 1
             stopped, ended = self._ends(token, rows, written, out)
             stopped = alive & stopped

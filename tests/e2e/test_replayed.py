@@ -78,7 +78,7 @@ def test_log_probs_and_values_of_workers_are_those_of_the_learners_own_forward(t
     run = Run(tmp_path / "r", *options, *more)
     assert run.end(500) == 0, run.words()
     for row in run.rows():
-        assert row["logprob_diff/max"] < 1e-4 and 0 <= row["value/diff_max"] < 1e-4
+        assert row["logprob_diff/max"] < 1e-4 and 0 <= row["value/diff_mean"] <= row["value/diff_max"] < 1e-3
     assert run.rows()[1]["value/diff_max"] > 0  # in the first step all values are 0
     rows = [row for table in ledger_table.read(run.folder, 2)[:1] for row in table.to_pylist()]
     assert all(row["values"] == row["rollout_values"] for row in rows)
