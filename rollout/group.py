@@ -229,6 +229,8 @@ class RolloutGroup:
         staging, self._staging = self._staging, {}
         starting = [slot for slot in self._slots if slot.actor is not None and not slot.ready]
         taken = {} if staging else self._taken(update, timeout_s)
+        if self._closed:
+            raise ProcessFault("the rollout workers were ended while weights were sent to them")
         serving = [slot for slot in self._slots if slot.actor is not None and slot.ready]
         pending = {}
         for slot in serving:

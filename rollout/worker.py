@@ -120,10 +120,6 @@ class RolloutWorker:
         """See WeightReceiver.begin. Then the buckets, one way or another, then commit_update."""
         self._weights.begin(manifest)
 
-    def receive_bucket(self, index: int, pieces: list[np.ndarray]) -> None:
-        """Through the object store: arrays are shared memory of this host, and stay there."""
-        self._weights.receive(index, pieces)
-
     def digest_bucket(self, version: int, index: int, pieces: list[np.ndarray]) -> str:
         """The digest of a bucket in the object store, for all workers of this node (rollout/host_digests.py).
 
@@ -143,7 +139,8 @@ class RolloutWorker:
         of_host: list[str | None],
         *buckets: list[np.ndarray],
     ) -> WeightAck:
-        """A whole version out of the object store in one call: begin, receive all buckets, commit.
+        """A whole version out of the object store in one call: begin, receive all buckets, commit. Arrays are shared
+        memory of this host, and stay there.
 
         `of_host`: the digest of each bucket as a worker of this node took it; None: this one takes it.
         """

@@ -175,7 +175,7 @@ def test_what_was_damaged_on_the_way_is_sent_again_once(sync):
     """The copy in the object store is whole; what was handed over early is not."""
     bad = [np.zeros(3, np.uint8)]
     if sync.by_broadcast:
-        sync.before("offer", lambda _: sync.rollouts.stage("receive_bucket", 1, bad))
+        sync.before("offer", lambda _: sync.rollouts.stage("__ray_call__", lambda w: w._weights.receive(1, bad)))
     else:
         sync.before("offer", lambda _: sync.rollouts.deal(1, ray.put(bad)))
     sync.publish()
