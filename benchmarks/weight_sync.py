@@ -8,7 +8,7 @@ and whose token costs nothing, so that no forward pass is in the figures. All th
 `rpc_per_tensor` is the naive way: each tensor is put into the object store and handed to all workers by one call each,
 one after the other, without any digest. Ways are timed in turns, round by round, on the same workers; seconds are
 medians, the ratio is the median of those within a round. `read` is what the memory allows: one read of all bytes by one
-core (xxh3, which every end does once). A transport that misses a goal is said so.
+core (xxh3, which the learner does once and each node once). A transport that misses a goal is said so.
 """
 
 import argparse

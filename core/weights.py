@@ -145,22 +145,23 @@ def stream_digest(stream: WeightStream, version: int, bucket_bytes: int) -> str:
     return version_digest(manifest, [bucket_digest(map(as_bytes, bucket)) for bucket in buckets])
 
 
-def unpack(manifest: WeightManifest, index: int, pieces: Sequence[np.ndarray | Tensor]) -> Iterator[tuple[str, Tensor]]:
+def unpack(manifest: WeightManifest, index: int, pieces: Sequence[np.ndarray | Tensor]) -> dict[str, Tensor]:
     """Name and tensor of each piece ([n] uint8) of bucket `index`: views, which keep the bytes alive.
 
     ValueError if bytes or pieces miss or are too many.
     """
-    names, by_name = manifest.buckets[index], manifest.by_name
+    names, by_name, tensors = manifest.buckets[index], manifest.by_name, {}
     if len(pieces) != len(names):
         raise ValueError(f"bucket {index} of version {manifest.version} has {len(pieces)} of {len(names)} tensors")
-    for name, piece in zip(names, pieces, strict=True):
-        spec = by_name[name]
-        if len(piece) != spec.n_bytes:
-            raise ValueError(f"{name} of version {manifest.version} has {len(piece)} of {spec.n_bytes} bytes")
-        with warnings.catch_warnings():  # nobody writes into it; the receiver puts it in the place of the old
-            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+    with warnings.catch_warnings():  # nobody writes into it; the receiver puts it in the place of the old
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        for name, piece in zip(names, pieces, strict=True):
+            spec = by_name[name]
+            if len(piece) != spec.n_bytes:
+                raise ValueError(f"{name} of version {manifest.version} has {len(piece)} of {spec.n_bytes} bytes")
             raw = torch.from_numpy(piece) if isinstance(piece, np.ndarray) else piece
-        yield name, raw.view(spec.torch_dtype).reshape(spec.shape)
+            tensors[name] = raw.view(spec.torch_dtype).reshape(spec.shape)
+    return tensors
 
 
 class Flat:
@@ -212,3 +213,4 @@ class WeightAck:
     digest: str
     probe_logprobs: np.ndarray  # [1, T] float32
     pid: int
+    node: str  # whose object store the worker maps

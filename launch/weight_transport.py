@@ -39,11 +39,11 @@ class ObjectStoreTransport:
 
     def open(self, manifest: WeightManifest) -> None:
         self._manifest, self._buckets = manifest, [None] * len(manifest.buckets)
-        self._rollouts.open_update(manifest)
+        self._rollouts.open_deal(manifest)
 
     def send(self, index: int, tensors: list[Tensor], raw: list[np.ndarray]) -> None:
         self._keep(index, raw)
-        self._rollouts.stage("receive_bucket", index, self._buckets[index])
+        self._rollouts.deal(index, self._buckets[index])
 
     def offer(self, digests: tuple[str, ...]) -> None:
         assert None not in self._buckets, "an offer before every bucket was sent"
@@ -65,9 +65,9 @@ class ObjectStoreTransport:
         self._buckets[index] = ray.put(raw)
 
     def _hand_on(self) -> None:
-        """On another rank than 0, whose workers were told of the version and have none of its buckets yet."""
+        """On another rank than 0, whose workers have none of the buckets yet."""
         for index, bucket in enumerate(self._buckets):
-            self._rollouts.stage("receive_bucket", index, bucket)
+            self._rollouts.deal(index, bucket)
 
 
 class CollectiveTransport(ObjectStoreTransport):

@@ -4,7 +4,11 @@
       generate(chunks)  --chunk-->                      generate            -> part by part: refs, and a receipt
       wait: any receipt, or the nearest deadline  <---  (dies, hangs, answers)
       yield refs of a part that is ready                the rest of it, then the next chunk
-      open_update, stage --manifest, buckets-->         begin, receive*            (while buckets are still made)
+      open_deal, deal --bucket-->                       its digest, for its node   (while buckets are still made)
+      update_weights --manifest, digests, buckets-->    begin, receive*, commit -> WeightAck
+
+By a transport of another kind:
+      open_update, stage --manifest, ...-->             begin, receive*            (while buckets are still made)
       update_weights --digests, probe-->                commit -> WeightAck
 
 What waits here waits for a receipt or an acknowledgement, with a deadline of `timeout_s`; a worker that misses it is
@@ -17,6 +21,7 @@ A worker that no node may have waits for one that joins; if all of them do, for 
 moves, between two calls of `generate`, to a node that joined later.
 """
 
+import functools
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
@@ -29,11 +34,13 @@ from ray.exceptions import ActorUnschedulableError, GetTimeoutError, ObjectLostE
 from core.faults import Fault, ProcessFault, TransitFault
 from core.trajectory import PromptRequest, Trajectory
 from core.weights import Probe, WeightAck, WeightManifest
-from rollout.worker import RolloutWorker
+from rollout.host_digests import HostDigests
+from rollout.worker import RolloutWorker, WorkerReady
 
 LOOK_S = 1.0  # between two looks for a node that joined
 LOCAL_S = 10.0  # to map what lies on this node already
 NETWORK = "Look at that node and its network; the same command goes on from the last checkpoint"
+LONG = 300  # tensors of a manifest that is put into the object store, not pickled for each worker
 LOST = (RayActorError, ActorUnschedulableError, ObjectLostError, GetTimeoutError)  # a worker, or what it wrote
 
 
@@ -47,6 +54,11 @@ class WeightUpdate:
     probe: Probe
     verify: Callable[[WeightAck], None]  # raises InvariantFault if a worker computes other numbers than the learner
 
+    @functools.cached_property
+    def manifest_argument(self) -> Any:
+        """The manifest as workers get it: a thousand tensors take 2 ms to pickle, each time."""
+        return ray.put(self.manifest) if len(self.manifest.specs) > LONG else self.manifest
+
 
 @dataclass
 class _Slot:
@@ -57,6 +69,7 @@ class _Slot:
     actor: Any = None
     receipt: Any = None  # ObjectRef of the end of what it is doing now: starting (until `ready`), or a part of `chunk`
     ready: bool = False
+    node: str = ""  # of the worker, once it is ready: whose object store it maps
     chunk: dict[int, PromptRequest] = field(default_factory=dict)  # what is missing of it, by place
     number: int = -1  # of that chunk in the call of `generate`
     parts: Any = None  # ObjectRefGenerator of results and receipts, in turn
@@ -127,6 +140,7 @@ class RolloutGroup:
         self._where, self._moves = where, moves
         self._latest: WeightUpdate | None = None
         self._staging: dict[str, Any] = {}  # name -> actor of the workers that get the version on its way early
+        self._dealt: HostDigests | None = None  # of the version on its way, where it travels by the object store
         self._slots = [_Slot(i) for i in workers]
         self._closed = False  # who ended the workers wants no successors
         self.pids: dict[str, int] = {}
@@ -193,24 +207,37 @@ class RolloutGroup:
             if first is None or name in first:
                 getattr(actor, method).remote(*(first[name] if first else ()), *args)
 
+    def open_deal(self, manifest: WeightManifest) -> None:
+        """A version comes by the object store: its buckets will be dealt to the workers that serve. Waits for
+        nothing."""
+        serving = [slot for slot in self._slots if slot.ready]
+        self._dealt = HostDigests(manifest.version, len(manifest.buckets), serving)
+
+    def deal(self, index: int, bucket: Any) -> None:
+        """See HostDigests.deal."""
+        self._dealt.deal(index, bucket)
+
     def update_weights(self, update: WeightUpdate, timeout_s: float) -> int:
         """Have every worker commit a version and verify what each one acknowledges; returns how many did.
 
         A worker that was not told early gets the buckets now, and so does, once, one that they reached damaged or not
         at all. A worker that dies or misses the deadline is replaced, and its replacement acknowledges in `_await_any`
         before it gets a chunk. Raises what a worker raised (an older version, a second damage), or InvariantFault from
-        `verify`.
+        `verify`. Each of the two stages, digests and commits, has a deadline of `timeout_s`.
         """
         self._latest = update
-        there = [slot for slot in self._slots if slot.actor is not None]
-        serving, starting = ([slot for slot in there if slot.ready is ready] for ready in (True, False))
+        staging, self._staging = self._staging, {}
+        starting = [slot for slot in self._slots if slot.actor is not None and not slot.ready]
+        taken = {} if staging else self._taken(update, timeout_s)
+        if self._closed:
+            raise ProcessFault("the rollout workers were ended while weights were sent to them")
+        serving = [slot for slot in self._slots if slot.actor is not None and slot.ready]
         pending = {}
         for slot in serving:
-            if self._staging.get(slot.name) is slot.actor:
+            if staging.get(slot.name) is slot.actor:
                 pending[slot.index] = slot.actor.commit_update.remote(update.probe, update.digests)
             else:
-                pending[slot.index] = self._send(slot)
-        self._staging = {}
+                pending[slot.index] = self._send(slot, taken.get(slot.node))
         verified = 0
         for again in (False, True):
             deadline, damaged = time.monotonic() + timeout_s, []
@@ -218,19 +245,47 @@ class RolloutGroup:
                 try:
                     update.verify(ray.get(pending[slot.index], timeout=max(0.0, deadline - time.monotonic())))
                     verified += 1
+                except RayTaskError as error:  # before LOST: Ray makes a bucket that is lost look like both
+                    fault = self._cause(error, slot)
+                    if isinstance(error.cause, LOST):
+                        fault = TransitFault(f"weights of version {update.manifest.version} are lost: {error.cause}")
+                    if again or not isinstance(fault, TransitFault):
+                        raise fault from None
+                    self.counters["weights_resent"] += 1
+                    self._note(f"{slot.name}: {fault}; they are sent again, through the object store")
+                    damaged.append(slot)
                 except LOST as error:
                     self._lose(slot, f"while weights of version {update.manifest.version} were sent", error)
-                except RayTaskError as error:
-                    if again or not isinstance(error.cause, TransitFault):
-                        raise self._cause(error, slot) from None
-                    self.counters["weights_resent"] += 1
-                    self._note(f"{slot.name}: {error.cause}; they are sent again, through the object store")
-                    damaged.append(slot)
             pending = {slot.index: self._send(slot) for slot in damaged}
             serving = damaged
         for slot in starting:  # queue this version behind
             slot.expect(self._send(slot), self._timeout_s)
         return verified
+
+    def _taken(self, update: WeightUpdate, timeout_s: float) -> dict[str, list[str | None]]:
+        """Node -> the digest of each bucket as one of its workers took it; None where that one was lost, or failed:
+        then each takes it for itself. Waits for the digests, `timeout_s` in all; who is late then is replaced."""
+        dealt, self._dealt = self._dealt, None
+        if dealt is None:  # nobody was told early
+            self.open_deal(update.manifest)
+            dealt, self._dealt = self._dealt, None
+            for index, bucket in enumerate(update.buckets):
+                dealt.deal(index, bucket)
+        taken: dict[str, list[str | None]] = {}
+        deadline, failed = time.monotonic() + timeout_s, set()
+        for asked in dealt.asked:
+            if asked.slot.actor is not asked.actor or asked.slot.name in failed:
+                continue
+            digests = taken.setdefault(asked.node, [None] * len(update.buckets))
+            try:
+                digests[asked.index] = ray.get(asked.digest, timeout=max(0.0, deadline - time.monotonic()))
+            except RayTaskError as error:  # it will say more when it is to commit
+                failed.add(asked.slot.name)
+                cause = f"{type(error.cause).__name__}: {error.cause}"
+                self._note(f"{asked.slot.name} took no digest of bucket {asked.index} for its host: {cause}")
+            except LOST as error:
+                self._lose(asked.slot, f"while weights of version {update.manifest.version} were sent", error)
+        return taken
 
     def close(self) -> None:
         """Kill every worker; what they were writing is lost. May be called while another thread waits for them: that
@@ -272,13 +327,13 @@ class RolloutGroup:
         slot.expect(hello if self._latest is None else self._send(slot), self._timeout_s)
         return True
 
-    def _send(self, slot: _Slot) -> Any:
-        """Queue a whole weight update at a worker; the ObjectRef of its acknowledgement."""
+    def _send(self, slot: _Slot, of_host: list[str | None] | None = None) -> Any:
+        """Queue a whole weight update at a worker; the ObjectRef of its acknowledgement. `of_host`: what a worker of
+        its node said of each bucket; without it, this one reads all itself."""
         update = self._latest
-        slot.actor.begin_update.remote(update.manifest)
-        for index, bucket in enumerate(update.buckets):
-            slot.actor.receive_bucket.remote(index, bucket)
-        return slot.actor.commit_update.remote(update.probe, update.digests)
+        of_host = of_host or [None] * len(update.buckets)
+        take = slot.actor.take_update
+        return take.remote(update.manifest_argument, update.probe, update.digests, of_host, *update.buckets)
 
     def _assign(
         self,
@@ -326,7 +381,7 @@ class RolloutGroup:
             elif not slot.ready:
                 if isinstance(answer, WeightAck):
                     self._latest.verify(answer)
-                self._welcome(slot, answer.pid)
+                self._welcome(slot, answer)
         return finished
 
     @staticmethod
@@ -338,12 +393,12 @@ class RolloutGroup:
         both = [slot.receipt] if slot.result is None else [slot.receipt, slot.result]
         return ray.get(both, timeout=0 if slot.coming else LOCAL_S)[0]
 
-    def _welcome(self, slot: _Slot, pid: int) -> None:
-        slot.ready = True
-        self.pids[slot.name] = pid
+    def _welcome(self, slot: _Slot, answer: WorkerReady | WeightAck) -> None:
+        slot.ready, slot.node = True, answer.node
+        self.pids[slot.name] = answer.pid
         if slot.incarnation:
             version = f" with weights of version {self._latest.manifest.version}" if self._latest else ""
-            self._note(f"{slot.name} (pid {pid}) serves{version}")
+            self._note(f"{slot.name} (pid {answer.pid}) serves{version}")
 
     def _lose(self, slot: _Slot, when: str, error: Exception) -> None:
         """Kill what is left of a worker (it may only hang) and start its successor. Raises ProcessFault if too many."""

@@ -113,6 +113,16 @@ class Rollouts:
         written ahead: the version before may still wait for its commit, and this one would take its place."""
         return self._group.open_update(manifest) if self._group is not None and not self._ahead else []
 
+    def open_deal(self, manifest: WeightManifest) -> None:
+        """See RolloutGroup.open_deal. Where batches are written ahead, the buckets wait for the weights' turn."""
+        if self._group is not None and not self._ahead:
+            self._group.open_deal(manifest)
+
+    def deal(self, index: int, bucket: Any) -> None:
+        """See RolloutGroup.deal."""
+        if self._group is not None and not self._ahead:
+            self._group.deal(index, bucket)
+
     def stage(self, method: str, *args: Any, first: dict[str, tuple] | None = None) -> None:
         """See RolloutGroup.stage."""
         if self._group is not None and not self._ahead:

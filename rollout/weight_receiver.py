@@ -62,15 +62,18 @@ class WeightReceiver:
             raise InvariantFault("a weight bucket or commit arrived before its manifest")
         return self._manifest
 
-    def receive(self, index: int, pieces: Sequence[np.ndarray | Tensor]) -> None:
+    def receive(self, index: int, pieces: Sequence[np.ndarray | Tensor], digest: str | None = None) -> None:
         """Stage bucket `index`, each piece [n] uint8, on the host or on a GPU. May come in any order, a second time
-        too; not copied, but for the digest where it is on a GPU."""
+        too; not copied, but for the digest where it is on a GPU. `digest`: of these bytes where they lie, as somebody
+        took it who maps the same memory; it is compared as our own would be."""
         manifest = self.opened
         try:
             self._staged.update(unpack(manifest, index, pieces))
         except ValueError as error:
             raise self.refuse(TransitFault(f"weights arrived damaged: {error}")) from None
-        self._digests[index] = bucket_digest(x if isinstance(x, np.ndarray) else as_bytes(x) for x in pieces)
+        if digest is None:
+            digest = bucket_digest(x if isinstance(x, np.ndarray) else as_bytes(x) for x in pieces)
+        self._digests[index] = digest
 
     def commit(self, digests: Sequence[str]) -> str:
         """Compare the digest of every staged bucket with the sender's, then put the tensors to use. Returns the digest

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import ray
 import torch
 
 from core.faults import TransitFault
 from core.trajectory import PromptRequest, Trajectory
-from core.weights import Flat, Probe, WeightAck, WeightManifest
+from core.weights import Flat, Probe, WeightAck, WeightManifest, bucket_digest
 from rollout.engines.engine import Begun, Engine
 from rollout.environment import EnvironmentSpec
 from rollout.turns import Turns
@@ -25,6 +26,7 @@ class WorkerReady:
     """The answer of a worker that has loaded its model and got no weights yet."""
 
     pid: int
+    node: str  # whose object store it maps
 
 
 @dataclass(frozen=True)
@@ -56,11 +58,13 @@ class RolloutWorker:
         self._weights = WeightReceiver(self._engine.live_tensors)
         self._group: BroadcastGroup | None = None
         self._no_group = "it was told of no group"  # why, where there is none
+        self._digested: dict[int, Any] = {}  # buckets of `_digested_version` that this worker read for its node
+        self._digested_version = -1
 
     def hello(self) -> WorkerReady:
         """Answers once model and environment are loaded. Raises EnvironmentFault where the latter cannot be."""
         self._turns.start()
-        return WorkerReady(pid=os.getpid())
+        return WorkerReady(pid=os.getpid(), node=_node())
 
     def generate(
         self,
@@ -79,6 +83,7 @@ class RolloutWorker:
 
         Two values each time: the group reads the second, what is over goes from here straight to the reward server.
         """
+        self._digested = {}  # all workers have committed: nobody waits for what this one keeps in its place
         starts = None if begun is None else [None if t is None else _begun(t) for t in begun]
         before = [() if t is None else t.policy_version for t in begun or [None] * len(requests)]
         missing = Counter(request.ordinal for request in requests)  # samples of each prompt that are not over
@@ -117,9 +122,34 @@ class RolloutWorker:
         """See WeightReceiver.begin. Then the buckets, one way or another, then commit_update."""
         self._weights.begin(manifest)
 
-    def receive_bucket(self, index: int, pieces: list[np.ndarray]) -> None:
-        """Through the object store: arrays are shared memory of this host, and stay there."""
-        self._weights.receive(index, pieces)
+    def digest_bucket(self, version: int, index: int, pieces: list[np.ndarray]) -> str:
+        """The digest of a bucket in the object store, for all workers of this node (rollout/host_digests.py).
+
+        It stays mapped here: an object that nobody maps might be evicted from a node that has a copy of it, and what
+        the others then map would be fetched anew, and read by nobody.
+        """
+        if version != self._digested_version:
+            self._digested, self._digested_version = {}, version
+        self._digested[index] = pieces
+        return bucket_digest(pieces)
+
+    def take_update(
+        self,
+        manifest: WeightManifest,
+        probe: Probe,
+        digests: tuple[str, ...],
+        of_host: list[str | None],
+        *buckets: list[np.ndarray],
+    ) -> WeightAck:
+        """A whole version out of the object store in one call: begin, receive all buckets, commit. Arrays are shared
+        memory of this host, and stay there.
+
+        `of_host`: the digest of each bucket as a worker of this node took it; None: this one takes it.
+        """
+        self._weights.begin(manifest)
+        for index, (bucket, digest) in enumerate(zip(buckets, of_host, strict=True)):
+            self._weights.receive(index, bucket, digest)
+        return self.commit_update(probe, digests)
 
     def join_broadcast(self, place: Rendezvous, rank: int) -> None:
         """Take part in a group for weights; leaves the one before. Waits for all members, `place.timeout_s`."""
@@ -163,12 +193,22 @@ class RolloutWorker:
         self._engine.use_weights()
         logprobs = self._engine.logprobs(probe.prompt_ids, probe.response_ids)
         return WeightAck(
-            worker=self.name, version=self._weights.version, digest=digest, probe_logprobs=logprobs, pid=os.getpid()
+            worker=self.name,
+            version=self._weights.version,
+            digest=digest,
+            probe_logprobs=logprobs,
+            pid=os.getpid(),
+            node=_node(),
         )
 
     @property
     def _device(self) -> torch.device:
         return next(iter(self._engine.live_tensors().values())).device
+
+
+def _node() -> str:
+    """Whose object store this process maps: that of its node in Ray. Outside Ray it shares memory with nobody."""
+    return ray.get_runtime_context().get_node_id() if ray.is_initialized() else f"process {os.getpid()}"
 
 
 def _handed_on(part: dict[int, Trajectory]) -> Iterator[list[Trajectory] | Receipt]:

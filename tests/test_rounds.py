@@ -372,10 +372,8 @@ def test_a_worker_goes_on_under_new_weights_and_tokens_keep_the_version_that_wro
     assert len(over) + len(left) == 6 and len(left) > 2 and all(len(t) == 3 for t in left)
     _, left = written([t.request for t in left], left, 2)
     manifest, buckets, digests = packed(named_tensors(engines[1].model), 4)
-    worker.begin_update(manifest)
-    for index, pieces in enumerate(buckets):
-        worker.receive_bucket(index, pieces)
-    worker.commit_update(Probe(prompt_ids=np.array([[1, 2]]), response_ids=np.array([[3]])), digests)
+    probe = Probe(prompt_ids=np.array([[1, 2]]), response_ids=np.array([[3]]))
+    worker.take_update(manifest, probe, digests, [None] * len(buckets), *buckets)
     begun = [Begun(response_ids=t.response_ids, logprobs=t.rollout_logprobs, kept=t.kept) for t in left]
     want = engines[1].generate([t.request for t in left], begun)
     over, none = written([t.request for t in left], left)

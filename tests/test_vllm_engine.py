@@ -125,10 +125,8 @@ def test_a_worker_puts_weights_to_use_between_the_commit_and_the_probe():
     assert np.abs(old.logprobs(probe.prompt_ids, probe.response_ids) - want).max() > 0.1
     worker = RolloutWorker("w", lambda: old, tiny_models.make_tokenizer, threads=1, deterministic=False)
     manifest, buckets, digests = packed(named_tensors(models[1]), 1)
-    worker.begin_update(manifest)
-    for index, pieces in enumerate(buckets):
-        worker.receive_bucket(index, pieces)
-    np.testing.assert_array_equal(worker.commit_update(probe, digests).probe_logprobs, want)
+    ack = worker.take_update(manifest, probe, digests, [None] * len(buckets), *buckets)
+    np.testing.assert_array_equal(ack.probe_logprobs, want)
 
 
 def test_a_response_that_is_whole_is_not_gone_on_with():

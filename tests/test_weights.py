@@ -182,6 +182,23 @@ def test_a_missing_bucket_a_flipped_bit_and_a_short_bucket_are_refused(pair):
     assert torch.equal(live["a"], sender["a"])
 
 
+def test_a_digest_that_a_neighbour_took_is_compared_as_its_own(pair):
+    """It may be of other bytes, or that of a worker that read rubbish."""
+    sender, live, receiver = pair
+    manifest, buckets, digests = packed(sender, 4, 1)
+    said = list(digests[1:]) + list(digests[:1])
+    receiver.begin(manifest)
+    for index, bucket in enumerate(buckets):
+        receiver.receive(index, bucket, said[index])
+    with pytest.raises(TransitFault, match=rf"damaged: bucket 0 .*digest {said[0][:12]}, sent {digests[0][:12]}"):
+        receiver.commit(digests)
+    assert untouched(live) and receiver.version == -1
+    for index, bucket in enumerate(buckets):
+        receiver.receive(index, bucket, digests[index])
+    assert receiver.commit(digests) == version_digest(manifest, digests)
+    assert torch.equal(live["a"], sender["a"]) and receiver.version == 4
+
+
 def test_an_older_version_another_shape_and_a_bucket_without_manifest_are_refused(pair):
     sender, live, receiver = pair
     with pytest.raises(InvariantFault, match="before its manifest"):
@@ -235,7 +252,9 @@ class Transport:
         logprobs = self.engine.logprobs(probe.prompt_ids, probe.response_ids)
         verify(
             self.alter(
-                WeightAck(worker="w", version=self.manifest.version, digest=digest, probe_logprobs=logprobs, pid=1)
+                WeightAck(
+                    worker="w", version=self.manifest.version, digest=digest, probe_logprobs=logprobs, pid=1, node="n"
+                )
             )
         )
         return 1

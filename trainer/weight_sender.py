@@ -9,6 +9,7 @@ How the bytes travel is the transport's business; `launch` injects it.
 """
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 import numpy as np
@@ -96,14 +97,18 @@ class WeightPublisher:
         self._transport.open(manifest)
         digests: list[str] = []
         failure: Exception | None = None
-        for index, tensors in enumerate(in_buckets(manifest, weights.tensors)):
-            if ranks.is_main and failure is None:
-                try:
-                    raw = [as_bytes(tensor) for tensor in tensors]
-                    digests.append(bucket_digest(raw))
-                    self._transport.send(index, tensors, raw)
-                except Exception as error:  # the other ranks still wait for this one in the gathers that follow
-                    failure = error
+        with ThreadPoolExecutor(1, "bucket-digest") as beside:  # xxh3 and Ray's copy run without the interpreter's lock
+            for index, tensors in enumerate(in_buckets(manifest, weights.tensors)):
+                if ranks.is_main and failure is None:
+                    try:
+                        raw = [as_bytes(tensor) for tensor in tensors]
+                        digest = beside.submit(bucket_digest, raw)
+                        try:
+                            self._transport.send(index, tensors, raw)
+                        finally:  # what was gathered may be freed when the next is asked for
+                            digests.append(digest.result())
+                    except Exception as error:  # the other ranks still wait for this one in the gathers that follow
+                        failure = error
         with ranks.together():
             if failure is not None:
                 raise failure

@@ -5,6 +5,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from core.faults import InvariantFault, TransitFault
 from core.weights import Probe, WeightStream, digest_of
 from launch import build, cluster, weight_transport
 from rollout.engines.transformers_engine import TransformersEngine
+from rollout.group import RolloutGroup
 from rollout.shares import Rollouts
 from trainer.ranks import Ranks
 from trainer.weight_sender import WeightPublisher
@@ -87,7 +89,7 @@ class Sync:
         # Buckets of 20 kB: several, so that a sync can break in the middle.
         self.publisher = WeightPublisher(self.sender, self.transport, probe, bucket_bytes=20_000, tolerance=1e-4)
 
-        self.version = -1
+        self.version, self.by_broadcast = -1, transport == "collective"
 
     def publish(self) -> float:
         self.sender.step()
@@ -106,11 +108,14 @@ class Sync:
 
         setattr(self.transport, step, disturbed)  # of the object: `del` brings back the method
 
+    def ask(self, of: Callable[[object], object]) -> list:
+        """What `of` gives in the process of each worker, told the worker."""
+        actors = [slot.actor for slot in self.rollouts._group._slots]
+        return ray.get([actor.__ray_call__.remote(of) for actor in actors], timeout=60)
+
     def in_use(self) -> set[str]:
         """Digests of what the workers compute with, asked of the workers."""
-        actors = [slot.actor for slot in self.rollouts._group._slots]
-        digests = [actor.__ray_call__.remote(lambda w: digest_of(w._engine.live_tensors())) for actor in actors]
-        return set(ray.get(digests, timeout=60))
+        return set(self.ask(lambda worker: digest_of(worker._engine.live_tensors())))
 
     def wanted(self) -> set[str]:
         return {digest_of(self.sender.engine.live_tensors())}
@@ -132,6 +137,7 @@ def sync(workers):
     yield workers
     for step in ("send", "offer", "_keep"):
         vars(workers.transport).pop(step, None)
+    vars(workers.rollouts._group).pop("_send", None)
     workers.transport._rollouts = workers.rollouts
 
 
@@ -168,7 +174,10 @@ def test_a_worker_lost_during_a_sync_costs_nobody_else_anything(sync, how):
 def test_what_was_damaged_on_the_way_is_sent_again_once(sync):
     """The copy in the object store is whole; what was handed over early is not."""
     bad = [np.zeros(3, np.uint8)]
-    sync.before("offer", lambda _: sync.rollouts.stage("receive_bucket", 1, bad))
+    if sync.by_broadcast:
+        sync.before("offer", lambda _: sync.rollouts.stage("__ray_call__", lambda w: w._weights.receive(1, bad)))
+    else:
+        sync.before("offer", lambda _: sync.rollouts.deal(1, ray.put(bad)))
     sync.publish()
     assert sync.in_use() == sync.wanted() and sync.rollouts.counters == {"weights_resent": 2}
     assert len([note for note in sync.notes if "arrived damaged" in note and "sent again" in note]) == 2
@@ -183,15 +192,19 @@ def test_what_arrives_damaged_twice_ends_the_run_and_changes_nothing(sync):
         keep(index, raw)
 
     sync.transport._keep = damaged
-    if type(sync.transport) is weight_transport.CollectiveTransport:
+    if sync.by_broadcast:
         sync.transport._rollouts = _Forgetful(sync.rollouts)  # the broadcast is lost, so the copy is needed
     with pytest.raises(TransitFault, match=f"version {sync.version + 1} arrived damaged: bucket 1"):
         sync.publish()
     assert sync.in_use() == before
+    assert sync.rollouts.counters == {"weights_resent": 2}  # refused by who read it for its host, and by the others
 
 
 def test_a_lost_bucket_is_sent_again_and_an_older_version_is_refused(sync):
-    sync.transport._rollouts = _Forgetful(sync.rollouts)
+    if sync.by_broadcast:
+        sync.transport._rollouts = _Forgetful(sync.rollouts)
+    else:
+        lose_a_bucket_once_for_each(sync.rollouts._group)
     sync.publish()
     assert sync.in_use() == sync.wanted() and sync.rollouts.counters == {"weights_resent": 2}
     assert all("sent again" in note for note in sync.notes[-2:])
@@ -202,8 +215,139 @@ def test_a_lost_bucket_is_sent_again_and_an_older_version_is_refused(sync):
     sync.version += 1
 
 
+def once_per_host(sync: Sync) -> None:
+    if sync.by_broadcast:
+        pytest.skip("what a broadcast brings is each worker's own memory, which each reads itself")
+
+
+def reads_by(sync: Sync, digest: Callable[[Callable, list], str] | None) -> None:
+    """The first worker reads buckets for its host by `digest`, which is given the real way too; None: as ever."""
+
+    def change(worker: object) -> None:
+        import rollout.worker
+
+        original = getattr(rollout.worker, "original", rollout.worker.bucket_digest)
+        rollout.worker.original = original
+        rollout.worker.bucket_digest = original if digest is None else lambda pieces: digest(original, pieces)
+
+    ray.get(sync.rollouts._group._slots[0].actor.__ray_call__.remote(change), timeout=60)
+
+
+def test_a_bucket_is_read_by_one_worker_of_a_host(sync):
+    """Three versions, each in use bit for bit at both; and in its own commit a worker reads nothing more."""
+    once_per_host(sync)
+
+    def count(worker: object) -> None:
+        import rollout.weight_receiver
+        import rollout.worker
+
+        worker.reads = 0
+        for module in (rollout.worker, rollout.weight_receiver):
+
+            def counted(pieces: object, original: Callable = module.bucket_digest) -> str:
+                worker.reads += 1
+                return original(pieces)
+
+            module.bucket_digest = counted
+
+    sync.ask(count)
+    for _ in range(3):
+        sync.publish()
+        assert sync.in_use() == sync.wanted()
+    n = len(sync.transport._manifest.buckets)
+    assert n > 2 and sorted(sync.ask(lambda worker: worker.reads)) == sorted([3 * (n // 2), 3 * (n - n // 2)])
+    assert not sync.rollouts.counters and not sync.notes
+
+
+def test_what_a_worker_misread_for_its_host_is_sent_again(sync):
+    """Its neighbour is told of a digest that is not the sender's, and believes it no more than its own."""
+    once_per_host(sync)
+
+    def misread(original: Callable, pieces: list) -> str:
+        return original([piece[::-1].copy() for piece in pieces])
+
+    reads_by(sync, misread)
+    sync.publish()
+    reads_by(sync, None)
+    assert sync.in_use() == sync.wanted() and sync.rollouts.counters == {"weights_resent": 2}
+    assert all("arrived damaged: bucket 0" in note and "sent again" in note for note in sync.notes), sync.notes
+
+
+def test_a_worker_that_reads_for_its_host_is_killed_before_it_answers(sync):
+    """It was dealt buckets and reads none of them. Nobody waits for it: the other reads those too, and commits."""
+    once_per_host(sync)
+    survivor, victim = sync.rollouts._group._slots
+    pid, incarnation = sync.rollouts.pids[victim.name], victim.incarnation
+    sync.before("send", lambda number: os.kill(pid, signal.SIGSTOP) if number == 0 else None)
+    sync.before("offer", lambda _: os.kill(pid, signal.SIGKILL))
+    took = sync.publish()
+    for step in ("send", "offer"):
+        delattr(sync.transport, step)
+    assert took < TIMEOUT_S, sync.notes
+    assert sync.rollouts.counters == {"worker_lost": 1} and victim.incarnation == incarnation + 1
+    assert f"died while weights of version {sync.version} were sent" in sync.notes[0]
+    digest = ray.get(survivor.actor.__ray_call__.remote(lambda w: digest_of(w._engine.live_tensors())), timeout=60)
+    assert {digest} == sync.wanted()
+    sync.rollouts.wait_ready()
+    assert sync.in_use() == sync.wanted()
+    sync.publish()
+    assert sync.in_use() == sync.wanted() and sync.rollouts.counters == {"worker_lost": 1}
+
+
+def test_a_worker_that_cannot_read_for_its_host_is_named_and_costs_the_other_nothing(sync):
+    once_per_host(sync)
+
+    def broken(original: Callable, pieces: list) -> str:
+        raise OSError("no such page")
+
+    reads_by(sync, broken)
+    sync.publish()
+    reads_by(sync, None)
+    name = sync.rollouts._group._slots[0].name
+    assert sync.notes == [f"{name} took no digest of bucket 0 for its host: OSError: no such page"]
+    assert sync.in_use() == sync.wanted() and not sync.rollouts.counters
+
+
+def test_a_bucket_that_is_gone_from_the_store_is_no_fault_of_a_worker(sync):
+    """Nothing of the version arrives, twice: the run ends in words, and every worker is as it was."""
+    once_per_host(sync)
+    before, keeper = sync.in_use(), Keeper.remote()
+    (lost,) = ray.get(keeper.put.remote(), timeout=60)
+    ray.kill(keeper)
+    sync.before("offer", lambda _: sync.transport._buckets.__setitem__(1, lost))
+    with pytest.raises(TransitFault, match=f"weights of version {sync.version + 1} are lost"):
+        sync.publish()
+    assert sync.in_use() == before and "worker_lost" not in sync.rollouts.counters
+
+
+@ray.remote(num_cpus=0)
+class Keeper:
+    """Owns an object that is lost with it."""
+
+    def put(self) -> list:
+        return [ray.put([np.zeros(1_000_000, np.uint8)])]
+
+
+def lose_a_bucket_once_for_each(group: RolloutGroup) -> None:
+    """The first delivery to each worker lacks the last bucket."""
+    send, lost = group._send, set()
+
+    def forgetful(slot: object, of_host: list[str | None] | None = None) -> object:
+        if slot.name in lost:
+            return send(slot, of_host)
+        lost.add(slot.name)
+        whole = group._latest
+        group._latest = replace(whole, buckets=whole.buckets[:-1])
+        try:
+            return send(slot)
+        finally:
+            group._latest = whole
+
+    group._send = forgetful  # of the object: `del` brings back the method
+
+
 class _Forgetful:
-    """Loses what is handed over early: a bucket, or the order to take part in a broadcast."""
+    """Loses what is handed over early: the order to take part in a broadcast."""
 
     def __init__(self, rollouts: Rollouts) -> None:
         self._rollouts = rollouts
@@ -212,7 +356,7 @@ class _Forgetful:
         return getattr(self._rollouts, name)
 
     def stage(self, method: str, *args: object, first: dict | None = None) -> None:
-        if method != "receive_broadcast" and not (method == "receive_bucket" and args[0] == 1):
+        if method != "receive_broadcast":
             self._rollouts.stage(method, *args, first=first)
 
 

@@ -1,0 +1,46 @@
+"""HostDigests: each bucket in the object store is digested once per node, not once per worker.
+
+    driver      deal(0, bucket)   deal(1, bucket)   deal(2, bucket)       waits for nothing
+    worker a         digest 0                            digest 2         while the driver makes the next bucket
+    worker b                           digest 1
+    driver      asked: who was asked for what, and where the answer will be
+
+All workers of a node map the same sealed object, so the bytes are the same memory, whoever reads it; whoever did keeps
+it mapped, and so in its place, until the others have it too. A worker compares what it is told of it with the sender's
+digests as it does its own, and takes its own where nobody answered.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """One worker was asked for the digest of one bucket on its node."""
+
+    slot: Any  # of the group, in which that worker sat
+    actor: Any
+    node: str
+    index: int
+    digest: Any  # ObjectRef of str
+
+
+class HostDigests:
+    def __init__(self, version: int, n_buckets: int, workers: Iterable[Any]) -> None:
+        """`workers`: slots of the group whose workers serve; each has an `actor` and the `node` whose object store that
+        one maps."""
+        self._version, self._n_buckets = version, n_buckets
+        self._of_node: dict[str, list[Any]] = {}
+        for slot in workers:
+            self._of_node.setdefault(slot.node, []).append(slot)
+        self.asked: list[Asked] = []
+
+    def deal(self, index: int, bucket: Any) -> None:
+        """Have one worker of each node take the digest of a bucket, each in its turn. `bucket`: its ObjectRef."""
+        for node, slots in self._of_node.items():
+            if len(slots) == 1 and index == self._n_buckets - 1:
+                continue  # nobody to share it with and nothing more to wait for: the commit itself takes it
+            slot = slots[index % len(slots)]
+            digest = slot.actor.digest_bucket.remote(self._version, index, bucket)
+            self.asked.append(Asked(slot=slot, actor=slot.actor, node=node, index=index, digest=digest))
