@@ -16,10 +16,16 @@ from launch import build, cluster
 pytestmark = pytest.mark.slow
 SLOW = """
 import time
+from pathlib import Path
 
 class Slow:
+    def __init__(self, go_on):
+        self.go_on, self.calls = Path(go_on), 0
+
     def step(self, turns, row):
-        time.sleep(0.3)
+        self.calls += 1
+        while self.calls > 12 and not self.go_on.exists():
+            time.sleep(0.02)
 """
 
 
@@ -223,8 +229,8 @@ def test_workers_that_free_their_devices_after_a_call_write_the_next(cfg):
 
 
 def test_parts_of_a_chunk_are_scored_while_it_is_written_and_a_lost_worker_costs_what_is_missing(cfg, by_one, tmp_path):
-    """One worker, one chunk, and an environment that makes its prompts end one after the other. After two parts were
-    scored the worker is killed: another one writes the rest, nothing twice, and no token is another."""
+    """One worker, one chunk, and an environment that holds it up after a few responses. After two parts were scored the
+    worker is killed: another one writes the rest, nothing twice, and no token is another."""
     (tmp_path / "slow.py").write_text(SLOW)
     (tmp_path / "r.py").write_text(
         "from pathlib import Path\n"
@@ -233,6 +239,7 @@ def test_parts_of_a_chunk_are_scored_while_it_is_written_and_a_lost_worker_costs
         "    return [1.0] * len(n)\n"
     )
     settings = {"workers": 1, "chunk_size": 48, "stream_size": 2, "environment": f"{tmp_path}/slow.py:Slow"}
+    settings |= {"environment_options": {"go_on": str(tmp_path / "go")}, "environment_timeout_s": 120}
     rollout = cfg.rollout.model_copy(update=settings)
     component = cfg.rewards["length"].model_copy(update={"fn": f"{tmp_path}/r.py:seen"})
     cfg = cfg.model_copy(update={"rollout": rollout, "rewards": {"seen": component}})
@@ -252,6 +259,7 @@ def test_parts_of_a_chunk_are_scored_while_it_is_written_and_a_lost_worker_costs
                     assert time.monotonic() < deadline, "two parts were not scored before the others were written"
                     time.sleep(0.02)
                 psutil.Process(group.pids["worker-0"]).kill()
+                (tmp_path / "go").touch()
 
     try:
         group.wait_ready()
