@@ -16,9 +16,9 @@ pytestmark = [
 ]
 
 
-def engine(name: str, dtype: torch.dtype, seed: int = 0) -> TransformersEngine:
+def engine(name: str, dtype: torch.dtype, seed: int = 0, **more: object) -> TransformersEngine:
     model = tiny_models.make_model(name, seed=seed).to("cuda", dtype)
-    return TransformersEngine(model, (0, 7), temperature=1.0, max_new_tokens=64, slots=8)
+    return TransformersEngine(model, (0, 7), temperature=1.0, max_new_tokens=64, slots=8, **more)
 
 
 def worst_error(served: TransformersEngine, n: int = 24) -> float:
@@ -50,6 +50,25 @@ def test_recorded_steps_give_the_ids_of_launched_ones():
     asked = tiny_models.make_requests(24)
     for a, b in zip(recorded.generate(asked), launched.generate(asked), strict=True):
         assert a.response_ids.tolist() == b.response_ids.tolist()
+
+
+@pytest.mark.parametrize("name", ["llama-tied", "gpt2"])
+def test_values_of_recorded_steps_are_those_of_a_plain_forward(name):
+    """With a head that was written after the steps of the loading were recorded, in place as a sync does it."""
+    served = engine(name, torch.float32, values=True)
+    weight = torch.linspace(-1, 1, 32, device="cuda")
+    with torch.no_grad():
+        served.live_tensors()["value_head.weight"].copy_(weight[None])
+    asked, n_cut = tiny_models.make_requests(24), 0
+    for request, got in zip(asked, served.generate(asked), strict=True):
+        ids = torch.from_numpy(np.concatenate([request.prompt_ids, got.response_ids]))[None].cuda()
+        with torch.no_grad():
+            states = served.model.base_model(input_ids=ids).last_hidden_state[0, len(request.prompt_ids) - 1 :]
+        want = (states @ weight).cpu().numpy()
+        np.testing.assert_allclose(got.values, want[:-1], atol=1e-3)
+        n_cut += got.bootstrap is not None
+        assert got.bootstrap is None or got.bootstrap == pytest.approx(float(want[-1]), abs=1e-3)
+    assert n_cut
 
 
 def test_weights_that_are_written_in_place_are_used():
