@@ -29,12 +29,19 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
-from ray.exceptions import ActorUnschedulableError, GetTimeoutError, ObjectLostError, RayActorError, RayTaskError
+from ray.exceptions import (
+    ActorUnschedulableError,
+    GetTimeoutError,
+    ObjectLostError,
+    OwnerDiedError,
+    RayActorError,
+    RayTaskError,
+)
 
 from core.faults import Fault, ProcessFault, TransitFault
 from core.trajectory import PromptRequest, Trajectory
 from core.weights import Probe, WeightAck, WeightManifest
-from rollout.host_digests import HostDigests
+from rollout.host_digests import Asked, HostDigests
 from rollout.worker import RolloutWorker, WorkerReady
 
 LOOK_S = 1.0  # between two looks for a node that joined
@@ -223,7 +230,7 @@ class RolloutGroup:
         A worker that was not told early gets the buckets now, and so does, once, one that they reached damaged or not
         at all. A worker that dies or misses the deadline is replaced, and its replacement acknowledges in `_await_any`
         before it gets a chunk. Raises what a worker raised (an older version, a second damage), or InvariantFault from
-        `verify`. Each of the two stages, digests and commits, has a deadline of `timeout_s`.
+        `verify`. Digests, commits and what is sent again have a deadline of `timeout_s` each.
         """
         self._latest = update
         staging, self._staging = self._staging, {}
@@ -245,10 +252,8 @@ class RolloutGroup:
                 try:
                     update.verify(ray.get(pending[slot.index], timeout=max(0.0, deadline - time.monotonic())))
                     verified += 1
-                except RayTaskError as error:  # before LOST: Ray makes a bucket that is lost look like both
-                    fault = self._cause(error, slot)
-                    if isinstance(error.cause, LOST):
-                        fault = TransitFault(f"weights of version {update.manifest.version} are lost: {error.cause}")
+                except RayTaskError as error:
+                    fault = self._fault_of_update(error, slot)
                     if again or not isinstance(fault, TransitFault):
                         raise fault from None
                     self.counters["weights_resent"] += 1
@@ -264,28 +269,50 @@ class RolloutGroup:
 
     def _taken(self, update: WeightUpdate, timeout_s: float) -> dict[str, list[str | None]]:
         """Node -> the digest of each bucket as one of its workers took it; None where that one was lost, or failed:
-        then each takes it for itself. Waits for the digests, `timeout_s` in all; who is late then is replaced."""
+        then each takes it for itself. So it is where one read something else than was sent, and is named: what is truly
+        damaged each will find so. Waits for the digests, `timeout_s` in all; who is late then is replaced."""
         dealt, self._dealt = self._dealt, None
         if dealt is None:  # nobody was told early
             self.open_deal(update.manifest)
             dealt, self._dealt = self._dealt, None
             for index, bucket in enumerate(update.buckets):
                 dealt.deal(index, bucket)
-        taken: dict[str, list[str | None]] = {}
-        deadline, failed = time.monotonic() + timeout_s, set()
-        for asked in dealt.asked:
-            if asked.slot.actor is not asked.actor or asked.slot.name in failed:
+        of_update = dealt.version == update.manifest.version
+        asked = [a for a in dealt.asked if of_update and a.bucket == update.buckets[a.index]]
+        if asked:
+            ray.wait([a.digest for a in asked], num_returns=len(asked), timeout=timeout_s)
+        said: list[tuple[Asked, str]] = []
+        failed: set[str] = set()
+        for a in asked:
+            if not a.there or a.slot.name in failed:
                 continue
-            digests = taken.setdefault(asked.node, [None] * len(update.buckets))
             try:
-                digests[asked.index] = ray.get(asked.digest, timeout=max(0.0, deadline - time.monotonic()))
+                said.append((a, ray.get(a.digest, timeout=0)))
             except RayTaskError as error:  # it will say more when it is to commit
-                failed.add(asked.slot.name)
+                failed.add(a.slot.name)
                 cause = f"{type(error.cause).__name__}: {error.cause}"
-                self._note(f"{asked.slot.name} took no digest of bucket {asked.index} for its host: {cause}")
+                self._note(f"{a.slot.name} took no digest of bucket {a.index} for its host: {cause}")
             except LOST as error:
-                self._lose(asked.slot, f"while weights of version {update.manifest.version} were sent", error)
+                self._lose(a.slot, f"while weights of version {update.manifest.version} were sent", error)
+        taken: dict[str, list[str | None]] = {}
+        for a, digest in said:
+            of_node = taken.setdefault(a.node, [None] * len(update.buckets))
+            if digest != update.digests[a.index]:
+                told = f"digest {digest[:12]}, sent {update.digests[a.index][:12]}"
+                self._note(f"{a.slot.name} read bucket {a.index} for its host as {told}: each worker reads it itself")
+            elif a.there:  # one that was lost since holds nothing in its place any more
+                of_node[a.index] = digest
         return taken
+
+    def _fault_of_update(self, error: RayTaskError, slot: _Slot) -> Exception:
+        """Of a worker that was to take a version. Ray makes a bucket that is lost look like the worker's own end too:
+        whoever tells the two apart asks for a RayTaskError first."""
+        lost = f"weights of version {self._latest.manifest.version} are lost" if self._latest else "what it was sent"
+        if isinstance(error.cause, OwnerDiedError):
+            return ProcessFault(f"{lost}: the process that put them into the object store died")
+        if isinstance(error.cause, LOST):
+            return TransitFault(f"{lost}: {error.cause}")
+        return self._cause(error, slot)
 
     def close(self) -> None:
         """Kill every worker; what they were writing is lost. May be called while another thread waits for them: that
@@ -330,6 +357,8 @@ class RolloutGroup:
     def _send(self, slot: _Slot, of_host: list[str | None] | None = None) -> Any:
         """Queue a whole weight update at a worker; the ObjectRef of its acknowledgement. `of_host`: what a worker of
         its node said of each bucket; without it, this one reads all itself."""
+        if slot.actor is None:  # by `close`, in another thread
+            raise ProcessFault("the rollout workers were ended while weights were sent to them")
         update = self._latest
         of_host = of_host or [None] * len(update.buckets)
         take = slot.actor.take_update
@@ -362,7 +391,11 @@ class RolloutGroup:
                 continue
             try:
                 answer = self._answer(slot)
-            except LOST as error:
+            except (RayTaskError, *LOST) as error:
+                if isinstance(error, RayTaskError) and not slot.chunk:
+                    raise self._fault_of_update(error, slot) from None
+                if not isinstance(error, LOST):
+                    raise self._cause(error, slot) from None
                 if slot.chunk:
                     retry = [replace(request, attempt=request.attempt + 1) for request in slot.chunk.values()]
                     self.counters["prompts_redispatched"] += len(retry)
@@ -370,8 +403,6 @@ class RolloutGroup:
                 doing = "wrote" if slot.chunk else "freed its device" if slot.ready else "started"
                 self._lose(slot, f"while it {doing}", error)
                 continue
-            except RayTaskError as error:
-                raise self._cause(error, slot) from None
             slot.receipt = None
             if slot.chunk:
                 finished.append((slot.number, slot.result, answer.unfinished))

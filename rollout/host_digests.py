@@ -23,17 +23,23 @@ class Asked:
     actor: Any
     node: str
     index: int
+    bucket: Any  # ObjectRef of what it was to read
     digest: Any  # ObjectRef of str
+
+    @property
+    def there(self) -> bool:
+        """Whether that worker still sits there, and so keeps mapped what it read."""
+        return self.slot.actor is self.actor
 
 
 class HostDigests:
     def __init__(self, version: int, n_buckets: int, workers: Iterable[Any]) -> None:
         """`workers`: slots of the group whose workers serve; each has an `actor` and the `node` whose object store that
         one maps."""
-        self._version, self._n_buckets = version, n_buckets
-        self._of_node: dict[str, list[Any]] = {}
+        self.version, self._n_buckets = version, n_buckets
+        self._of_node: dict[str, list[tuple[Any, Any]]] = {}
         for slot in workers:
-            self._of_node.setdefault(slot.node, []).append(slot)
+            self._of_node.setdefault(slot.node, []).append((slot, slot.actor))
         self.asked: list[Asked] = []
 
     def deal(self, index: int, bucket: Any) -> None:
@@ -41,6 +47,6 @@ class HostDigests:
         for node, slots in self._of_node.items():
             if len(slots) == 1 and index == self._n_buckets - 1:
                 continue  # nobody to share it with and nothing more to wait for: the commit itself takes it
-            slot = slots[index % len(slots)]
-            digest = slot.actor.digest_bucket.remote(self._version, index, bucket)
-            self.asked.append(Asked(slot=slot, actor=slot.actor, node=node, index=index, digest=digest))
+            slot, actor = slots[index % len(slots)]
+            digest = actor.digest_bucket.remote(self.version, index, bucket)
+            self.asked.append(Asked(slot=slot, actor=actor, node=node, index=index, bucket=bucket, digest=digest))

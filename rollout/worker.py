@@ -116,6 +116,7 @@ class RolloutWorker:
 
     def rest(self) -> None:
         """No chunk will come for a while: let others have what the engine can do without."""
+        self._digested = {}
         self._engine.rest()
 
     def begin_update(self, manifest: WeightManifest) -> None:
@@ -146,6 +147,8 @@ class RolloutWorker:
 
         `of_host`: the digest of each bucket as a worker of this node took it; None: this one takes it.
         """
+        if manifest.version != self._digested_version:
+            self._digested = {}
         self._weights.begin(manifest)
         for index, (bucket, digest) in enumerate(zip(buckets, of_host, strict=True)):
             self._weights.receive(index, bucket, digest)

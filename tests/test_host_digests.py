@@ -22,6 +22,7 @@ def asked(digests: HostDigests) -> dict[tuple[str, int], str]:
     found = {(a.node, a.index): a.slot.name for a in digests.asked}
     assert len(found) == len(digests.asked)
     assert all(a.digest == (a.slot.name, 7, a.index, f"bucket {a.index}") for a in digests.asked)
+    assert all(a.bucket == f"bucket {a.index}" and a.there for a in digests.asked)
     return found
 
 

@@ -16,6 +16,7 @@ from core.weights import (
     WeightAck,
     WeightStream,
     as_bytes,
+    bucket_digest,
     digest_of,
     in_buckets,
     make_manifest,
@@ -26,7 +27,7 @@ from core.weights import (
 from policy_reading import policy_of, read
 from rollout.engines.transformers_engine import TransformersEngine
 from rollout.weight_receiver import WeightReceiver
-from trainer import adapters, engine_weights
+from trainer import adapters, engine_weights, weight_sender
 from trainer.batch import TrainBatch
 from trainer.ranks import Ranks
 from trainer.weight_sender import WeightPublisher
@@ -346,3 +347,49 @@ def test_a_worker_that_got_an_adapter_and_one_that_got_whole_weights_compute_as_
     assert float((want - read(policy_of(base), batch, 1.0).logprobs).abs().max()) > 0.1
     for worker in (by_adapter, whole):
         torch.testing.assert_close(read(policy_of(worker), batch, 1.0).logprobs, want, atol=1e-4, rtol=0)
+
+
+class Failing:
+    """A transport whose `send` of one bucket fails, and which is never offered a version."""
+
+    def __init__(self, at: int) -> None:
+        self.at, self.sent = at, []
+
+    def open(self, manifest: object) -> None:
+        pass
+
+    def send(self, index: int, tensors: object, raw: object) -> None:
+        self.sent.append(index)
+        if index == self.at:
+            raise OSError(f"bucket {index} cannot be sent")
+
+    def offer(self, digests: object) -> None:
+        pytest.fail("a version that is not whole was offered")
+
+
+@pytest.mark.parametrize(("send_fails", "digest_fails"), [(True, False), (False, True), (True, True)])
+def test_a_bucket_that_cannot_be_sent_ends_no_gather(send_fails, digest_fails, monkeypatch):
+    """The other ranks take part in each: all tensors are taken, nothing is offered, and what failed first is said."""
+    taken = []
+
+    class Learner:
+        ranks = Ranks()
+
+        def stream_weights(self) -> WeightStream:
+            stream = WeightStream.of({f"t{i}": torch.full((4,), float(i)) for i in range(4)})
+            return WeightStream(stream.specs, ((taken.append(name) or name, x) for name, x in stream.tensors))
+
+        def probe_logprobs(self, probe: Probe) -> np.ndarray:
+            return np.zeros((1, 1), dtype=np.float32)
+
+    def digest(pieces: list[np.ndarray]) -> str:
+        if digest_fails and pieces[0].view(np.float32)[0] == 1:
+            raise ValueError("no digest")
+        return bucket_digest(pieces)
+
+    monkeypatch.setattr(weight_sender, "bucket_digest", digest)
+    transport, probe = Failing(1 if send_fails else -1), Probe(prompt_ids=np.ones((1, 1)), response_ids=np.ones((1, 1)))
+    publisher = WeightPublisher(Learner(), transport, probe, bucket_bytes=16, tolerance=1.0)
+    with pytest.raises(OSError if send_fails else ValueError):
+        publisher.publish(0)
+    assert taken == ["t0", "t1", "t2", "t3"] and transport.sent == [0, 1] and publisher.version == -1

@@ -100,15 +100,17 @@ class WeightPublisher:
         with ThreadPoolExecutor(1, "bucket-digest") as beside:  # xxh3 and Ray's copy run without the interpreter's lock
             for index, tensors in enumerate(in_buckets(manifest, weights.tensors)):
                 if ranks.is_main and failure is None:
+                    # Whatever fails: the other ranks still wait for this one in the gathers that follow.
                     try:
                         raw = [as_bytes(tensor) for tensor in tensors]
                         digest = beside.submit(bucket_digest, raw)
                         try:
                             self._transport.send(index, tensors, raw)
-                        finally:  # what was gathered may be freed when the next is asked for
-                            digests.append(digest.result())
-                    except Exception as error:  # the other ranks still wait for this one in the gathers that follow
-                        failure = error
+                        except Exception as error:
+                            failure = error
+                        digests.append(digest.result())  # what was gathered may be freed when the next is asked for
+                    except Exception as error:
+                        failure = failure or error
         with ranks.together():
             if failure is not None:
                 raise failure
