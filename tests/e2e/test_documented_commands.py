@@ -70,7 +70,7 @@ RUN: dict[str, str | Callable[[str], str]] = {
         small(words) if "train" in words else words
     ),
     r"(python benchmarks/cards_seeds\.py)": r"\1 --seeds 1 --steps 8",
-    r"(python benchmarks/ppo_iteration\.py)": r"\1 --steps 3",
+    r"(python benchmarks/ppo_iteration\.py)(?: --steps 12( .*))?": r"\1 --steps 3 --turns 1\2",
     r"(python benchmarks/dense_vs_terminal\.py)(?: --quick)?": r"\1 --quick --updates 1 --batch 32 --arms dense",
     r"(python benchmarks/value_functions\.py) .*": (
         r"\1 --tasks cards --values shared --seeds 1 --steps 1 --json curves.json --png curves.png"
