@@ -50,5 +50,7 @@ if [ "$(cat .venv/installed 2>/dev/null)" != "$wanted" ]; then
 fi
 # The dozens of processes of a run share what the first of them compiled of our own files.
 export PYTHONDONTWRITEBYTECODE=
+# What writes responses on a CPU; in a tenth of a second where it is there.
+"$python" -m rollout.engines.compiler
 # DeepSpeed compiles with the tools of this folder; idle threads of one process must not steal the cores of another.
 export PATH="$PWD/.venv/bin:$PATH" OMP_WAIT_POLICY=PASSIVE

@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2
 from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
 import tiny_models
+from rollout.engines.compiled import CompiledSteps
 from rollout.engines.decoder import Decoder
 from rollout.engines.transformers_engine import TransformersEngine
 
@@ -68,23 +69,29 @@ def worst_error(served: TransformersEngine) -> tuple[float, int]:
     return worst, seen
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("dtype", "compiled"),
+    [(torch.float32, True), (torch.float32, False), (torch.bfloat16, False)],
+    ids=["float32, compiled", "float32", "bfloat16"],
+)
 @pytest.mark.parametrize("kind", KINDS)
-def test_it_computes_what_the_model_does(kind, dtype):
-    served = engine(make(KINDS[kind], dtype))
+def test_it_computes_what_the_model_does(kind, dtype, compiled):
+    served = engine(make(KINDS[kind], dtype), compiled=compiled)
     assert served.in_slots and served._decoder is not None
+    assert (served._compiled is not None) == (compiled and kind != "llama, other heads") or served.not_compiled
     worst, seen = worst_error(served)
     assert seen > 60
     assert worst < (1e-5 if dtype == torch.float32 else 0.3), worst  # bfloat16 has 3 digits, logits here are up to 20
 
 
+@pytest.mark.parametrize("compiled", [True, False])
 @pytest.mark.parametrize("slots", [1, 2, 5])
-def test_any_number_of_rows_gives_the_same_ids(slots):
+def test_any_number_of_rows_gives_the_same_ids(slots, compiled):
     """One row is multiplied in another way than several, and the number of rows falls as responses end."""
     model = make(KINDS["qwen3"])
     asked = tiny_models.make_requests(12)
     want = [g.response_ids.tolist() for g in engine(model).generate(asked)]
-    assert [g.response_ids.tolist() for g in engine(model, slots=slots).generate(asked)] == want
+    assert [g.response_ids.tolist() for g in engine(model, slots=slots, compiled=compiled).generate(asked)] == want
 
 
 def derived(name: str, module: str) -> nn.Module:
@@ -128,8 +135,9 @@ def test_a_class_that_is_made_otherwise_writes_by_its_own_forward():
 
 def test_a_forward_that_differs_is_found_when_the_model_is_loaded(tmp_path, monkeypatch, capsys):
     """Another transformers may compute a known class otherwise."""
-    plain, folder = Decoder.step, str(tiny_models.save_model(tmp_path / "m"))
-    monkeypatch.setattr(Decoder, "step", lambda self, *args: (plain(self, *args)[0] * 1.01, None))
+    folder = str(tiny_models.save_model(tmp_path / "m"))
+    for steps in (Decoder, CompiledSteps):
+        monkeypatch.setattr(steps, "step", lambda self, *args, plain=steps.step: (plain(self, *args)[0] * 1.01, None))
     options = {"dtype": "float32", "device": "cpu", "temperature": 1.0, "max_new_tokens": 24}
     served = TransformersEngine.load(folder, (0,), **options)
     assert served.in_slots and served._decoder is None

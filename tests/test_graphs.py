@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import tiny_models
 from rollout.engines import graphs, transformers_engine
+from rollout.engines.decoder import rotations_are_fixed
 from rollout.engines.graphs import Graphs, Result
 from rollout.engines.transformers_engine import TransformersEngine
 
@@ -161,4 +162,4 @@ def test_rotations_that_ask_how_far_the_furthest_token_is_are_not_recorded():
         kind: AutoModelForCausalLM.from_config(LlamaConfig(**sizes, vocab_size=99, rope_parameters=rope))
         for kind, rope in (("plain", None), ("dynamic", dynamic))
     }
-    assert Graphs.can(kinds["plain"]) and not Graphs.can(kinds["dynamic"])
+    assert rotations_are_fixed(kinds["plain"]) and not rotations_are_fixed(kinds["dynamic"])

@@ -41,10 +41,10 @@ def worst_error(served: TransformersEngine, model: nn.Module) -> float:
     return worst
 
 
-@pytest.mark.parametrize("kind", [LlamaConfig, GPTNeoXConfig])
-def test_new_weights_are_packed_anew(kind):
+@pytest.mark.parametrize(("kind", "compiled"), [(LlamaConfig, True), (LlamaConfig, False), (GPTNeoXConfig, False)])
+def test_new_weights_are_packed_anew(kind, compiled):
     first, second = wide_model(0, kind), wide_model(1, kind)
-    served = TransformersEngine(wide_model(0, kind), (0,), temperature=1.0, max_new_tokens=12)
+    served = TransformersEngine(wide_model(0, kind), (0,), temperature=1.0, max_new_tokens=12, compiled=compiled)
     assert served.in_slots and (served._decoder is not None) == (kind is LlamaConfig)
     assert worst_error(served, first) < 1e-5
     live = served.live_tensors()

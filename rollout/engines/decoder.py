@@ -94,6 +94,12 @@ class Decoder:
         return layer.o(out.reshape(len(x), -1))
 
 
+def rotations_are_fixed(model: nn.Module) -> bool:
+    """Whether a place is turned in one way only. Some rotations ask how far the furthest token is."""
+    kind = str(getattr(model.model.rotary_emb, "rope_type", ""))
+    return "dynamic" not in kind and kind != "longrope"
+
+
 def values_of(head: nn.Linear, states: Tensor) -> Tensor:
     """[...] of states [..., H], in the dtype of the head."""
     return F.linear(states.to(head.weight.dtype), head.weight, head.bias).squeeze(-1)

@@ -59,12 +59,6 @@ class Graphs:
         self.given_up: str | None = None
         self.forget()
 
-    @staticmethod
-    def can(model: torch.nn.Module) -> bool:
-        """Some rotations ask the device how far the furthest token is."""
-        kind = str(getattr(model.model.rotary_emb, "rope_type", ""))
-        return "dynamic" not in kind and kind != "longrope"
-
     def forget(self) -> None:
         """Steps and the memory that they are about; a pool is not used again when its graphs are gone."""
         self._slots: Slots | None = None

@@ -34,6 +34,10 @@ class Slots:
             )
         return self._layers[layer]
 
+    def layer(self, number: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of a layer that has written."""
+        return self._layers[number]
+
     def move(self, sources: Tensor, targets: Tensor, length: int) -> None:
         """The first `length` tokens of slots `sources` to `targets`; no slot is both."""
         for pair in self._layers.values():

@@ -28,7 +28,9 @@ from core.logprobs import logprobs_from_logits
 from core.pretrained import load_causal_lm
 from core.trajectory import KeptTokens, PromptRequest
 from core.weights import VALUE_HEAD, named_tensors
-from rollout.engines.decoder import Decoder, values_of
+from rollout.engines.compiled import CompiledSteps
+from rollout.engines.compiler import NotCompiled
+from rollout.engines.decoder import Decoder, rotations_are_fixed, values_of
 from rollout.engines.engine import Begun, Generation
 from rollout.engines.graphs import Graphs, OnCuda
 from rollout.engines.packed import PackedLinears
@@ -198,10 +200,11 @@ class TransformersEngine:
         filters: Filters | None = None,
         stop_strings: StopStrings | None = None,
         values: bool = False,
+        compiled: bool = True,
     ) -> None:
         """`slots`: most responses that are written side by side; no id depends on it. `stop`, `stop_strings`: ids and
         strings that end a response. `values`: a value head, whose weights come with those of the policy, says what it
-        thinks of each state; such responses are written whole.
+        thinks of each state; such responses are written whole. `compiled`: decode steps are, where they can be.
 
         Raises UserError for a value head on a model without an output layer of its own."""
         self.model = model.eval()
@@ -214,10 +217,11 @@ class TransformersEngine:
         self._packed = PackedLinears(model)
         self._value_head = _value_head(model) if values else None
         self._room: Slots | None = None  # kept between calls: new memory is slow at its first touch
-        self._decoder = self._graphs = None
+        self._decoder = self._graphs = self._compiled = None
+        self.not_compiled: str | None = None  # why decode steps are not, that could be
         self.own_forward = False  # whether a class that decoder.py knows is one that it does not compute
         if Decoder.fits(model):
-            self._use_decoder()
+            self._use_decoder(compiled)
         if self._decoder is None:
             self.in_slots = self._reads_slots()
 
@@ -247,24 +251,32 @@ class TransformersEngine:
             print(f"{name} cannot be read in slots: responses are written side by side, slower, with the same ids")
         elif engine.own_forward:
             print(f"{name} of this transformers is not what decoder.py computes: its own forward writes, slower")
+        elif engine.not_compiled is not None:
+            print(f"decode steps are not compiled, slower: {engine.not_compiled}")
         return engine
 
-    def _use_decoder(self) -> None:
-        """Where it computes what the model does; and recorded, where a recording does too."""
+    def _use_decoder(self, compiled: bool) -> None:
+        """Where it computes what the model does; and compiled, or recorded, where that does too."""
         try:
             self._decoder = Decoder(self.model, self._value_head)
         except AttributeError:  # of another transformers
             self.own_forward = True
             return
-        if self.device.type in GRAPHS_ON and Graphs.can(self.model):
+        if self.device.type in GRAPHS_ON and rotations_are_fixed(self.model):
             self._graphs = Graphs(self._decoder, OnCuda)
+        elif compiled and CompiledSteps.fits(self.model):
+            try:
+                self._compiled = CompiledSteps(self.model, self._value_head)
+            except NotCompiled as error:
+                self.not_compiled = str(error)
         self.in_slots = self._reads_slots()
-        if not self.in_slots and self._graphs is not None:
-            self._graphs.forget()
-            self._graphs = None
+        if not self.in_slots and (self._graphs or self._compiled) is not None:
+            recorded, self._graphs, self._compiled = self._graphs is not None, None, None
             self.in_slots = self._reads_slots()
-            if self.in_slots:
+            if self.in_slots and recorded:
                 print("decode steps are launched one by one, slower: recorded as CUDA graphs they give other numbers")
+            elif self.in_slots:
+                self.not_compiled = "they give other numbers then"
         if not self.in_slots:
             self._decoder, self.own_forward = None, True
 
@@ -275,8 +287,9 @@ class TransformersEngine:
     def use_weights(self) -> None:
         """`generate` reads the very tensors that were written, or what it makes of them."""
         self._packed.drop()
-        if self._decoder is not None:
-            self._decoder.drop()
+        for steps in (self._decoder, self._compiled):
+            if steps is not None:
+                steps.drop()
 
     def rest(self) -> None:
         """Nothing: memory stays with its process."""
@@ -410,6 +423,8 @@ class TransformersEngine:
         """Logits [B, V] behind `token`, which stands at `place`, and values [B]."""
         if self._graphs is not None:
             return self._graphs.step(token, place, slots)
+        if self._compiled is not None:
+            return self._compiled.step(token, place, slots)
         if self._decoder is not None:
             return self._decoder.step(token, place, Tokens(slots, place))
         step = Tokens(slots, place)
@@ -444,8 +459,9 @@ class TransformersEngine:
     def _make_room(self, n_slots: int, room: int) -> Slots:
         if self._room is None or self._room.n_slots < n_slots or self._room.room < room:
             self._room = None  # before the new one is made
-            if self._graphs is not None:
-                self._graphs.forget()
+            for steps in (self._graphs, self._compiled):
+                if steps is not None:
+                    steps.forget()
             self._room = Slots(n_slots, room)
         return self._room
 
