@@ -35,7 +35,8 @@ constexpr int W = 8, ROWS = 6;
 #else
 constexpr int W = 4, ROWS = 6;
 #endif
-constexpr int PANEL = 2 * W, LINE = 16, STRIDE = 8;  // LINE: floats of a cache line; STRIDE: inputs between fetches
+constexpr int PANEL = 2 * W;
+constexpr int LINE = 16, STRIDE = 8, PART = 256;  // floats of a cache line, inputs between fetches, and of one sum
 
 typedef float V __attribute__((vector_size(4 * W)));
 typedef float Unaligned __attribute__((vector_size(4 * W), aligned(4), may_alias));
@@ -128,12 +129,24 @@ inline void block(const float* __restrict x, int64_t ld, const float* __restrict
       sums[r][1] += input * second;
     }
   };
-  int64_t k = 0;
-  for (; k + STRIDE <= K; k += STRIDE) {
-    for (int i = 0; i < lines; i++, ahead += LINE) __builtin_prefetch(ahead, 0, 2);
-    for (int i = 0; i < STRIDE; i++) add(k + i);
+  auto part = [&](int64_t k, int64_t end) __attribute__((always_inline)) {
+    for (; k + STRIDE <= end; k += STRIDE) {
+      for (int i = 0; i < lines; i++, ahead += LINE) __builtin_prefetch(ahead, 0, 2);
+      for (int i = 0; i < STRIDE; i++) add(k + i);
+    }
+    for (; k < end; k++) add(k);
+  };
+  part(0, K < PART ? K : PART);
+  if (K > PART) {  // sums of parts, added up: less is lost to rounding
+    V total[R][2];
+    memcpy(total, sums, sizeof(sums));
+    for (int64_t k = PART; k < K; k += PART) {
+      memset(sums, 0, sizeof(sums));
+      part(k, k + PART < K ? k + PART : K);
+      for (int r = 0; r < R; r++) total[r][0] += sums[r][0], total[r][1] += sums[r][1];
+    }
+    memcpy(sums, total, sizeof(sums));
   }
-  for (; k < K; k++) add(k);
 #pragma GCC unroll 16
   for (int r = 0; r < R; r++) finish(r, sums[r][0], sums[r][1]);
 }
