@@ -47,6 +47,7 @@ LIBRARIES = (
 ALIGN, INVARIANCE, IDENTITY = ("tests/test_align.py",), ("tests/test_invariance.py",), ("tests/test_identity.py",)
 POISON, ENGINE = ("tests/test_poison.py",), ("tests/test_engine.py",)
 DECODER, PACKED = ("tests/test_decoder.py",), ("tests/test_packed.py",)
+COMPILED = ("tests/test_compiled.py",)
 EMITTED = ("tests/test_emit_values.py",)
 WEIGHTS, COMBINE, BATCH = ("tests/test_weights.py",), ("tests/test_combine.py",), ("tests/test_batch.py",)
 PPO, LOGPROBS = ("tests/test_ppo.py",), ("tests/test_logprobs.py",)
@@ -87,6 +88,8 @@ PACKING_PY, HEAD_PY, EXPORT_PY = "trainer/packing.py", "trainer/fused_head.py", 
 
 AHEAD_PY = "trainer/ahead.py"
 DECODER_PY, PACKED_PY = "rollout/engines/decoder.py", "rollout/engines/packed.py"
+STEP_CPP, COMPILED_PY = "rollout/engines/compiled_step.cpp", "rollout/engines/compiled.py"
+COMPILER_PY = "rollout/engines/compiler.py"
 
 MUTATIONS = [
     # ------------------------------------------------ batches of an older policy
@@ -555,6 +558,58 @@ MUTATIONS = [
         "        self._forward = None\n\n    def __call__",
         "\n    def __call__",
         PACKED,
+    ),
+    Mutation(
+        "compiled attention sees what is behind the end of a row",
+        STEP_CPP,
+        "for (int64_t t = n; t < W; t++) found[t] = -INFINITY;",
+        "",
+        COMPILED,
+    ),
+    Mutation(
+        "compiled products forget a part of a long sum",
+        STEP_CPP,
+        "total[r][0] += sums[r][0], total[r][1] += sums[r][1]",
+        "total[r][0] = sums[r][0], total[r][1] += sums[r][1]",
+        COMPILED,
+    ),
+    Mutation(
+        "compiled exponentials make numbers of what is none",
+        STEP_CPP,
+        "return x != x ? x : x < all(-87.f)",
+        "return x < all(-87.f)",
+        COMPILED,
+    ),
+    Mutation(
+        "compiled steps read memory at any token",
+        STEP_CPP,
+        "token[r] < 0 || token[r] >= m->vocabulary || ",
+        "",
+        COMPILED,
+    ),
+    Mutation(
+        "compiled steps keep the weights of before", COMPILED_PY, "self._model = self._weights = None", "pass", COMPILED
+    ),
+    Mutation(
+        "compiled steps look at slots that are gone",
+        COMPILED_PY,
+        "if slots is not self._slots:",
+        "if self._slots is None:",
+        COMPILED,
+    ),
+    Mutation(
+        "compiled steps take models in bfloat16",
+        COMPILED_PY,
+        'kinds == {("cpu", torch.float32)}',
+        'kinds <= {("cpu", torch.float32), ("cpu", torch.bfloat16)}',
+        COMPILED,
+    ),
+    Mutation(
+        "what lies in anybody's folder is run",
+        COMPILER_PY,
+        "seen.st_uid != os.getuid() or seen.st_mode & 0o022",
+        "seen.st_uid != os.getuid()",
+        COMPILED,
     ),
     # ------------------------------------------------ weights on their way to the workers
     Mutation(

@@ -106,8 +106,8 @@ CHECKS = (
     ),
     Check(
         name="compilers",
-        looks_at="locks of DeepSpeed's compiler that a killed process left behind",
-        says="warn: there is one: others would wait for it for ever, a run of ours removes it",
+        looks_at="locks of DeepSpeed's compiler that a killed process left; compiles decode steps, as a run would",
+        says="warn: there is one: others wait for it for ever, a run of ours removes it; or a run writes slower",
         look=software.look_at_compilers,
         deadline_s=60,
         imports_torch=True,

@@ -1,4 +1,4 @@
-"""Packages against the bounds of pyproject.toml, combinations that are known to be bad, and locks of compilers."""
+"""Packages against the bounds of pyproject.toml, combinations that are known to be bad, and what is compiled here."""
 
 import ast
 import contextlib
@@ -17,6 +17,7 @@ from packaging.version import InvalidVersion, Version
 from launch import compiled_ops
 from launch.doctor import devices
 from launch.doctor.finding import Finding, Situation, fail, ok, warn
+from rollout.engines import compiler
 
 PROJECT = Path(__file__).resolve().parents[2] / "pyproject.toml"
 REINSTALL = "install tokenppo again (bash launch/install.sh, or pip install .)"
@@ -212,5 +213,21 @@ def judge_compilers(abandoned: list[Path], held: list[Path]) -> list[Finding]:
     return [ok(f"{len(held)} extensions are being compiled just now" if held else "no lock of a compiler is left")]
 
 
+def judge_steps(why_not: str | None) -> list[Finding]:
+    """`why_not`: what keeps decode steps from being compiled."""
+    if why_not is None:
+        return [ok("decode steps on a CPU are compiled")]
+    slower = "responses of Llama's and Qwen's shapes are written at about half the speed in float32"
+    return [warn(f"decode steps on a CPU are not compiled: {slower} ({why_not})", "install g++")]
+
+
 def look_at_compilers(situation: Situation) -> list[Finding]:
-    return judge_compilers(*compiled_ops.locks())
+    found = judge_compilers(*compiled_ops.locks())
+    device = situation.cfg.resources.device
+    if device == "cuda" or (device == "auto" and devices.driver().gpus):
+        return found
+    try:
+        compiler.load(compiler.STEP)
+    except compiler.NotCompiled as error:
+        return [*found, *judge_steps(str(error))]
+    return [*found, *judge_steps(None)]

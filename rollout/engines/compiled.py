@@ -11,7 +11,6 @@ import ctypes
 import weakref
 from collections.abc import Sequence
 from ctypes import POINTER, Structure, byref, c_float, c_int64, c_void_p
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +19,6 @@ from torch.nn import functional as F
 from rollout.engines import compiler
 from rollout.engines.decoder import Decoder, rotations_are_fixed, values_of
 from rollout.engines.slots import Slots
-
-SOURCE = Path(__file__).with_name("compiled_step.cpp")
 
 
 def _fields(kind: object, names: str) -> list[tuple[str, object]]:
@@ -49,7 +46,7 @@ class CompiledSteps:
 
     def __init__(self, model: nn.Module, value_head: nn.Linear | None = None) -> None:
         """Asserts nothing about `model`: ask `fits` first. Raises compiler.NotCompiled where there is no compiler."""
-        self._code = compiler.load(SOURCE)
+        self._code = compiler.load(compiler.STEP)
         for function in (self._code.room_for, self._code.lanes, self._code.work_floats, self._code.step):
             function.restype = c_int64  # room_for: an address
         self._lm, self._value_head = model, value_head

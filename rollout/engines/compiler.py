@@ -19,6 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
+STEP = Path(__file__).with_name("compiled_step.cpp")
 COMPILING_S = 120.0  # a few seconds in fact
 COMPILE = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-fopenmp", "-c")
 LINK = ("-shared",)
@@ -113,6 +114,6 @@ def _compile(source: Path, made: Path) -> None:
 
 if __name__ == "__main__":  # at the installation, so that no run waits for it
     try:
-        compiled(Path(__file__).with_name("compiled_step.cpp"))
+        compiled(STEP)
     except NotCompiled as error:
         print(f"decode steps on a CPU are not compiled, slower: {error}")
