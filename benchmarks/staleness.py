@@ -3,6 +3,8 @@ what is saved where a chunk is handed on in parts (`rollout.stream_size`).
 
     python benchmarks/staleness.py --json docs/img/staleness.json             # all, about 25 minutes on two cores
     python benchmarks/staleness.py --json out.json --only curves --seeds 3 --set ppo.stop_kl=0.03
+    python benchmarks/staleness.py --json out.json --only curves \\
+        --set-stale ppo.stop_kl=0.03 --set-stale rollout.batch_size=128
     python benchmarks/staleness.py --json out.json --only overlap
     python benchmarks/staleness.py --json out.json --only parts
 
@@ -37,21 +39,29 @@ class Late:
 """
 
 
-def curve(run: Finished) -> dict[int, float]:
-    """Held-out reward by update."""
-    return {row["step"]: row["eval/reward/total"] for row in run.rows if "eval/reward/total" in row}
+def curve(run: Finished, batch: int) -> dict[int, float]:
+    """Held-out reward by responses learned from."""
+    return {row["step"] * batch: row["eval/reward/total"] for row in run.rows if "eval/reward/total" in row}
 
 
-def curves(folder: Path, seeds: int, steps: int, more: dict[str, str]) -> list[dict[str, Any]]:
+def curves(
+    folder: Path, seeds: int, steps: int, more: dict[str, str], of_stale: dict[str, str]
+) -> list[dict[str, Any]]:
+    """`steps`: of 256 responses; runs with other batches have as many responses, and are evaluated at the same."""
     rows = []
     for seed in range(seeds):
         for staleness in (0, 1) if seed % 2 == 0 else (1, 0):
-            settings = {"run.seed": seed, "run.steps": steps, "run.eval_every": EVAL_EVERY, "run.save_every": 1000}
-            settings |= {"rollout.max_staleness": staleness, "data.eval_prompts": 256} | more
+            own = more | (of_stale if staleness else {})
+            batch = int(own.get("rollout.batch_size", BATCH))
+            if BATCH % batch:
+                raise SystemExit(f"rollout.batch_size = {batch}: a divisor of {BATCH}, so that evaluations meet")
+            settings = {"run.seed": seed, "run.steps": steps * BATCH // batch, "run.save_every": 1000}
+            settings |= {"run.eval_every": EVAL_EVERY * BATCH // batch, "data.eval_prompts": 256}
+            settings |= {"rollout.max_staleness": staleness} | own
             run = train_unless_done(folder / f"cards-{staleness}-{seed}", CARDS, settings)
             if run.exit_code:
                 raise SystemExit(f"a run failed:\n{run.last_words}")
-            rows.append({"max_staleness": staleness, "seed": seed, "curve": curve(run)})
+            rows.append({"max_staleness": staleness, "seed": seed, "curve": curve(run, batch)})
             print(f"cards, max_staleness {staleness}, seed {seed}: done", file=sys.stderr, flush=True)
     return rows
 
@@ -59,9 +69,9 @@ def curves(folder: Path, seeds: int, steps: int, more: dict[str, str]) -> list[d
 def judged(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """For each evaluation: the spread over seeds on-policy, the stale mean, and whether it lies within."""
     judged = []
-    for step in sorted(rows[0]["curve"]):
-        fresh, stale = ([r["curve"][step] for r in rows if r["max_staleness"] == k] for k in (0, 1))
-        at = {"step": step, "low": min(fresh), "high": max(fresh), "fresh": mean(fresh), "stale": mean(stale)}
+    for responses in sorted(rows[0]["curve"]):
+        fresh, stale = ([r["curve"][responses] for r in rows if r["max_staleness"] == k] for k in (0, 1))
+        at = {"responses": responses, "low": min(fresh), "high": max(fresh), "fresh": mean(fresh), "stale": mean(stale)}
         judged.append(at | {"stale_low": min(stale), "within": min(fresh) <= mean(stale)})  # better is no loss
     return judged
 
@@ -133,13 +143,16 @@ def main() -> int:
     parser.add_argument("--json", type=Path, required=True, help="where all numbers go")
     parser.add_argument("--only", choices=("curves", "overlap", "parts"), help="one part")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=24, help="of each run on cards (default 24)")
+    parser.add_argument("--steps", type=int, default=24, help="of 256 responses on cards (default 24)")
     parser.add_argument("--overlap-steps", type=int, default=10)
     parser.add_argument(
         "--latency", type=float, default=2.0, help="seconds that the rewards of a step take (default 2)"
     )
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="of all runs on cards, e.g. optim.lr=3e-4"
+    )
+    parser.add_argument(
+        "--set-stale", action="append", default=[], metavar="KEY=VALUE", help="of those that are stale alone"
     )
     parser.add_argument("--out", type=Path, help="folder for the run folders (default: a temporary one)")
     args = parser.parse_args()
@@ -149,12 +162,13 @@ def main() -> int:
         folder = (args.out or Path(scratch)).absolute()
         folder.mkdir(parents=True, exist_ok=True)
         if args.only in (None, "curves"):
-            found["curves"] = curves(folder, args.seeds, args.steps, dict(pair.split("=", 1) for pair in args.set))
+            more, of_stale = (dict(pair.split("=", 1) for pair in given) for given in (args.set, args.set_stale))
+            found["curves"] = curves(folder, args.seeds, args.steps, more, of_stale)
             found["judged"] = judged(found["curves"])
-            heads = ["update", "on-policy, seeds", "mean", "stale by 1: mean", "worst seed", "within"]
+            heads = ["responses", "on-policy, seeds", "mean", "stale by 1: mean", "worst seed", "within"]
             lines = [
                 [
-                    str(at["step"]),
+                    f"{at['responses']:,}",
                     f"{at['low']:.2f} to {at['high']:.2f}",
                     f"{at['fresh']:.2f}",
                     f"{at['stale']:.2f}",

@@ -188,7 +188,8 @@ class RolloutConfig(Section):
     prompts in it, while it writes the others. null: the whole chunk at once."""
     max_staleness: int = Field(0, ge=0)
     """Batches that are written ahead while the learner works: that of step s comes of the policy after step
-    s - 1 - max_staleness at the oldest, and PPO's ratio is against that policy. 0: strictly on-policy."""
+    s - 1 - max_staleness at the oldest, and PPO's ratio is against that policy. 0: strictly on-policy. With
+    1 or more set ppo.stop_kl and halve rollout.batch_size: what one update did is not seen by the next batches."""
     round_tokens: int | None = Field(None, ge=1)
     """Most tokens that a response gets in one round, under one version of the weights. What is not over by then waits
     and goes on in a later round, under newer weights if a step came between; the first prompts whose samples are all

@@ -82,6 +82,7 @@ RUN: dict[str, str | Callable[[str], str]] = {
         r"\1 --json out.json --sizes 1.1M --lengths equal --batch 4 --tokens 8 --turns 1"
     ),
     r"(python benchmarks/weight_sync\.py) .*": r"\1 --json out.json --quick",
+    r"(python benchmarks/staleness\.py .* --only curves) (.*)": r"\1 --seeds 1 --steps 2 \2",
     r"(python benchmarks/rounds\.py) .*": r"\1 --json out.json --batch 4 --longest 16 --steps 1",
     r"(python benchmarks/ppo_vs_trl\.py) .*": r"\1 --json out.json --quick --tiers a --passive",
     r"(python benchmarks/mistakes\.py)": r"\1 --rows 2",
