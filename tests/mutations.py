@@ -611,6 +611,44 @@ MUTATIONS = [
         "seen.st_uid != os.getuid()",
         COMPILED,
     ),
+    Mutation(
+        "compiled products have no biases",
+        COMPILED_PY,
+        "return self.plain(_padded(torch.cat([layer.bias for layer in layers]), 2 * self._lanes))",
+        "return None",
+        COMPILED,
+    ),
+    Mutation(
+        "biases of gate and up are not interleaved",
+        COMPILED_PY,
+        "torch.stack(halves, dim=1)",
+        "torch.stack(halves, dim=0)",
+        COMPILED,
+    ),
+    Mutation(
+        "threads score into one another's memory", STEP_CPP, "w.scores + me * up(m.room, W)", "w.scores", COMPILED
+    ),
+    Mutation(
+        "slots count as looked at before they are",
+        COMPILED_PY,
+        "self._slots, model = None, self._model",
+        "self._slots, model = slots, self._model",
+        COMPILED,
+    ),
+    Mutation(
+        "compiled steps write what the process takes for its default",
+        COMPILED_PY,
+        'return torch.empty(sizes, dtype=torch.float32, device="cpu")',
+        "return torch.empty(sizes)",
+        COMPILED,
+    ),
+    Mutation(
+        "compiled steps are compared on two short rows alone",
+        ENGINE_PY,
+        "of = ((1, 8), (4, 9)) if self._compiled is None else ((1, 8), (4, 9), (2, 50), *[(3, 40)] * 13)",
+        "of = ((1, 8), (4, 9))",
+        COMPILED,
+    ),
     # ------------------------------------------------ weights on their way to the workers
     Mutation(
         "a tied head is not sent",

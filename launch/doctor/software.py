@@ -218,13 +218,15 @@ def judge_steps(why_not: str | None) -> list[Finding]:
     if why_not is None:
         return [ok("decode steps on a CPU are compiled")]
     slower = "responses of Llama's and Qwen's shapes are written at about half the speed in float32"
-    return [warn(f"decode steps on a CPU are not compiled: {slower} ({why_not})", "install g++")]
+    remedy = "install g++" if "on PATH" in why_not else "docs/troubleshooting.md; a run goes on without"
+    return [warn(f"decode steps on a CPU are not compiled: {slower} ({why_not})", remedy)]
 
 
 def look_at_compilers(situation: Situation) -> list[Finding]:
     found = judge_compilers(*compiled_ops.locks())
-    device = situation.cfg.resources.device
-    if device == "cuda" or (device == "auto" and devices.driver().gpus):
+    cfg = situation.cfg
+    elsewhere = cfg.rollout.engine != "transformers" or cfg.model.dtype == "bfloat16" or cfg.resources.device == "cuda"
+    if elsewhere or (cfg.resources.device == "auto" and devices.driver().gpus):
         return found
     try:
         compiler.load(compiler.STEP)

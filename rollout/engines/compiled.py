@@ -8,6 +8,7 @@ Legend: B slots in use, H hidden size, V vocabulary, D head width.
 """
 
 import ctypes
+import threading
 import weakref
 from collections.abc import Sequence
 from ctypes import POINTER, Structure, byref, c_float, c_int64, c_void_p
@@ -55,14 +56,15 @@ class CompiledSteps:
         self._turned: Sequence[Tensor] = ()  # cos and sin [room, D] of each place
         self._model: _Model | None = None
         self._weights: _Weights | None = None  # those that `_model` has addresses of
-        self._work = torch.empty(0)
+        self._work = _floats(0)
+        self._lock = threading.RLock()  # the interpreter's own is let go while the code runs
 
     @staticmethod
     def fits(model: nn.Module) -> bool:
         """Of the models that decoder.py takes: in float32 on a CPU, with the usual activation and fixed rotations."""
         try:
             acts = {type(layer.mlp.act_fn).__name__ for layer in model.model.layers}
-            plain = acts <= {"SiLU", "SiLUActivation"} and len(_epsilons(model)) == 1
+            plain = acts <= {"SiLU", "SiLUActivation"} and len(_epsilons(model)) == 1 and _is_even(model)
         except AttributeError:  # of another transformers
             return False
         kinds = {(p.device.type, p.dtype) for p in model.parameters()}
@@ -70,30 +72,38 @@ class CompiledSteps:
 
     def drop(self) -> None:
         """The weights are others now, and may lie elsewhere."""
-        self._model = self._weights = None
-        self.forget()
+        with self._lock:
+            self._model = self._weights = None
+            self.forget()
 
     def forget(self) -> None:
         """The memory of slots."""
-        self._slots, self._turned = None, ()
+        with self._lock:
+            self._slots, self._turned = None, ()
 
     def step(self, token: Tensor, place: Tensor, slots: Slots) -> tuple[Tensor, Tensor | None]:
         """As Decoder.step. Raises IndexError for a token or a place that is none."""
-        if self._model is None:
-            self._read_weights()
-        if slots is not self._slots:
-            self._look_at(slots)
-        model, n, threads = self._model, len(token), torch.get_num_threads()
-        if (wanted := self._code.work_floats(byref(model), c_int64(n), c_int64(threads))) > len(self._work):
-            self._work = torch.empty(wanted)
-        states, logits = torch.empty(n, model.hidden), torch.empty(n, model.vocabulary)
-        token, place = token.contiguous(), place.contiguous()
-        read, written = (token, place), (self._work, states, logits)
-        addresses = [c_void_p(x.data_ptr()) for x in (*read, *written)]
-        if self._code.step(byref(model), c_int64(n), *addresses, c_int64(threads)):
-            raise IndexError(f"tokens {token.tolist()} at {place.tolist()}: not in a vocabulary of {model.vocabulary}"
-                             f" or beyond the {model.room} tokens that a slot has room for")  # fmt: skip
+        with self._lock:
+            if self._model is None:
+                self._read_weights()
+            if slots is not self._slots:
+                self._look_at(slots)
+            states, logits = self._stepped(token.contiguous(), place.contiguous(), self._model)
         return logits, None if self._value_head is None else values_of(self._value_head, states)
+
+    def _stepped(self, token: Tensor, place: Tensor, model: _Model) -> tuple[Tensor, Tensor]:
+        n, threads = len(token), torch.get_num_threads()
+        assert token.dtype == place.dtype == torch.long and len(place) == n <= self._slots.n_slots, (token, place)
+        if (wanted := self._code.work_floats(byref(model), c_int64(n), c_int64(threads))) > len(self._work):
+            self._work = _floats(wanted)
+        states, logits = _floats(n, model.hidden), _floats(n, model.vocabulary)
+        addresses = [c_void_p(x.data_ptr()) for x in (token, place, self._work, states, logits)]
+        if self._code.step(byref(model), c_int64(n), *addresses, c_int64(threads)):
+            raise IndexError(
+                f"tokens {token.tolist()} at {place.tolist()}: not in a vocabulary of {model.vocabulary} or beyond the"
+                f" {model.room} tokens that a slot has room for"
+            )
+        return states, logits
 
     # ----------------------------------------------------------------------------------------------------- the weights
 
@@ -107,13 +117,15 @@ class CompiledSteps:
         self._model = self._described(self._weights)
 
     def _look_at(self, slots: Slots) -> None:
-        self._slots, model = slots, self._model
-        places = torch.arange(slots.room)[None]
-        self._turned = [x[0].contiguous() for x in self._lm.model.rotary_emb(torch.zeros(1, 1), position_ids=places)]
+        self._slots, model = None, self._model  # until all is known: what fails in between leaves old addresses
+        places = torch.arange(slots.room, device="cpu")[None]
+        turned = self._lm.model.rotary_emb(self._lm.model.embed_tokens.weight, position_ids=places)
+        self._turned = [x[0].contiguous() for x in turned]
         model.room, (model.cos, model.sin) = slots.room, (x.data_ptr() for x in self._turned)
         for number in range(model.layers):
             layer = model.layer[number]
             layer.keys, layer.values = (x.data_ptr() for x in slots.layer(number))
+        self._slots = slots
 
     def _described(self, weights: "_Weights") -> _Model:
         """All but what is known of slots."""
@@ -211,6 +223,25 @@ class _Weights:
             return None
         halves = [_padded(layer.bias, self._lanes).view(-1, self._lanes) for layer in (first, second)]
         return self.plain(torch.stack(halves, dim=1).view(-1))
+
+
+def _floats(*sizes: int) -> Tensor:
+    """Whatever the process takes for its default."""
+    return torch.empty(sizes, dtype=torch.float32, device="cpu")
+
+
+def _is_even(model: nn.Module) -> bool:
+    """Whether all layers are of one shape, and tokens and logits of one vocabulary."""
+    shapes = {
+        (
+            block.self_attn.scaling,
+            block.self_attn.head_dim,
+            *(tuple(p.shape) for p in block.parameters()),
+            *(name for name, _ in block.named_parameters()),
+        )
+        for block in model.model.layers
+    }
+    return len(shapes) == 1 and model.model.embed_tokens.weight.shape == model.lm_head.weight.shape
 
 
 def _padded(x: Tensor, of: int) -> Tensor:

@@ -13,7 +13,6 @@
 //
 // Legend: B rows (slots in use), H hidden size, D head width, L tokens of a row so far, W lanes of a vector.
 
-#include <sched.h>
 #include <stdlib.h>
 #include <sys/mman.h>
 
@@ -89,29 +88,11 @@ struct Model {
 
 // ------------------------------------------------------------------------------------------------------------- threads
 
-class Barrier {
- public:
-  explicit Barrier(int n) : n_(n) {}
-  void wait() {
-    if (n_ == 1) return;
-    const int round = round_.load(std::memory_order_relaxed);
-    if (in_.fetch_add(1, std::memory_order_acq_rel) == n_ - 1) {
-      in_.store(0, std::memory_order_relaxed);
-      round_.store(round + 1, std::memory_order_release);
-      return;
-    }
-    for (int i = 0; round_.load(std::memory_order_acquire) == round; i++) {
-      if (i >= 20000) sched_yield();  // the other one has lost its core
-#if defined(__x86_64__)
-      else __builtin_ia32_pause();
-#endif
-    }
-  }
-
- private:
-  const int n_;
-  std::atomic<int> in_{0}, round_{0};
-};
+// All threads of a step meet here. OpenMP's own: it waits as OMP_WAIT_POLICY says. One that spins on a machine whose
+// cores are shared waits for a thread that has none, 17 times as long as the step takes.
+inline void all_here() {
+#pragma omp barrier
+}
 
 // ------------------------------------------------------------------------------------------------------------ products
 
@@ -340,37 +321,37 @@ struct Work {  // [B, ...] each; scores [threads, up(room, W)]
 };
 
 void step_of_thread(const Model& m, int64_t B, const int64_t* token, const int64_t* place, const Work& w, float* states,
-                    float* logits, Barrier& all_here, std::atomic<int64_t>* next, int me, int n) {
+                    float* logits, std::atomic<int64_t>* next, int me, int n) {
   const int64_t H = m.hidden, first = B * me / n, last = B * (me + 1) / n;
   for (int64_t r = first; r < last; r++) memcpy(w.x + r * H, m.embedding + token[r] * H, 4 * H);
   for (int64_t number = 0; number < m.layers; number++) {
     const Layer& layer = m.layer[number];
     for (int64_t r = first; r < last; r++) normed(w.x + r * H, layer.norm, w.y + r * H, H, m.epsilon);
-    all_here.wait();
+    all_here();
     product(B, w.y, H, H, layer.qkv, w.q, me, n,
             [&](int64_t r, int64_t j, V a, V b) { put<false>(w.qkv, w.q, r, j, a, b, layer.qkv_bias); });
-    all_here.wait();
+    all_here();
     for (int64_t i; (i = next[number].fetch_add(1, std::memory_order_relaxed)) < B * m.kv_heads;) {
       const int64_t r = i / m.kv_heads;  // rows are of different lengths: whoever is free takes the next
       attend(m, layer, r, i % m.kv_heads, place[r], w.qkv + r * w.q, w.attended + r * w.a, w.scores + me * up(m.room, W));
     }
-    all_here.wait();
+    all_here();
     product(B, w.attended, w.a, w.a, layer.out, H, me, n,
             [&](int64_t r, int64_t j, V a, V b) { put<true>(w.x, H, r, j, a, b, layer.out_bias); });
-    all_here.wait();
+    all_here();
     for (int64_t r = first; r < last; r++) normed(w.x + r * H, layer.mlp_norm, w.y + r * H, H, m.epsilon);
-    all_here.wait();
+    all_here();
     product(B, w.y, H, H, layer.gate_up, 2 * w.n, me, n, [&](int64_t r, int64_t j, V gate, V up) {
       if (layer.gate_up_bias) gate += load(layer.gate_up_bias + j * PANEL), up += load(layer.gate_up_bias + j * PANEL + W);
       store(w.inner + r * w.n + j * W, gate / (1.f + exponential(-gate)) * up);
     });
-    all_here.wait();
+    all_here();
     product(B, w.inner, w.n, m.inner, layer.down, H, me, n,
             [&](int64_t r, int64_t j, V a, V b) { put<true>(w.x, H, r, j, a, b, layer.down_bias); });
-    all_here.wait();
+    all_here();
   }
   for (int64_t r = first; r < last; r++) normed(w.x + r * H, m.norm, states + r * H, H, m.epsilon);
-  all_here.wait();
+  all_here();
   product(B, states, H, H, m.head, m.vocabulary, me, n,
           [&](int64_t r, int64_t j, V a, V b) { put<false>(logits, m.vocabulary, r, j, a, b, m.head_bias); });
 }
@@ -411,21 +392,16 @@ int64_t work_floats(const Model* m, int64_t B, int64_t threads) { return Work::f
 int64_t step(const Model* m, int64_t B, const int64_t* token, const int64_t* place, float* work, float* states, float* logits, int64_t threads) {
   for (int64_t r = 0; r < B; r++)
     if (token[r] < 0 || token[r] >= m->vocabulary || place[r] < 0 || place[r] >= m->room) return 1;
+  if (B == 0) return 0;
   const Work w(*m, B, work);
   std::unique_ptr<std::atomic<int64_t>[]> next(new std::atomic<int64_t>[m->layers]);
   for (int64_t i = 0; i < m->layers; i++) next[i] = 0;
   if (threads == 1) {
-    Barrier alone(1);
-    step_of_thread(*m, B, token, place, w, states, logits, alone, next.get(), 0, 1);
+    step_of_thread(*m, B, token, place, w, states, logits, next.get(), 0, 1);
     return 0;
   }
-  std::unique_ptr<Barrier> barrier;
-#pragma omp parallel num_threads(threads)
-  {
-#pragma omp single
-    barrier.reset(new Barrier(omp_get_num_threads()));  // it may be fewer than were asked for
-    step_of_thread(*m, B, token, place, w, states, logits, *barrier, next.get(), omp_get_thread_num(), omp_get_num_threads());
-  }
+#pragma omp parallel num_threads(threads)  // it may be fewer
+  step_of_thread(*m, B, token, place, w, states, logits, next.get(), omp_get_thread_num(), omp_get_num_threads());
   return 0;
 }
 

@@ -1,6 +1,6 @@
 """Compiles a C++ source of ours for the processor that it runs on, once, and loads it.
 
-    ~/.cache/tokenppo/compiled/<source>-<digest of source, flags and processor>.so
+    ~/.cache/tokenppo/compiled/<source>-<digest of source, command, C library and processor>.so
 
 A file is compiled under another name and renamed when it is whole; whoever comes meanwhile waits for its lock, which
 the system lifts when its holder dies. Homes are shared by machines, hence the processor in the name. No library of
@@ -13,6 +13,7 @@ import fcntl
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -20,6 +21,7 @@ import time
 from pathlib import Path
 
 STEP = Path(__file__).with_name("compiled_step.cpp")
+CPUINFO = Path("/proc/cpuinfo")
 COMPILING_S = 120.0  # a few seconds in fact
 COMPILE = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-fopenmp", "-c")
 LINK = ("-shared",)
@@ -42,38 +44,43 @@ def load(source: Path) -> ctypes.CDLL:
 def compiled(source: Path) -> Path:
     """The library made of `source`; it is made if need be. Raises NotCompiled."""
     try:
-        folder = _own_folder()
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tokenppo" / "compiled"
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        _must_be_ours(folder)
         made = folder / f"{source.stem}-{_digest(source)}.so"
-        if made.exists():
-            return made
-        with open(made.with_suffix(".lock"), "w") as lock:
-            _wait_for(lock)
-            if not made.exists():
-                _compile(source, made)
+        if not made.exists():
+            with open(made.with_suffix(".lock"), "w") as lock:
+                _wait_for(lock)
+                if not made.exists():
+                    _compile(source, made)
+        _must_be_ours(made)
         return made
-    except OSError as error:
+    except (OSError, RuntimeError, ValueError) as error:  # no home, or a CXX that is no command
         raise NotCompiled(str(error)) from error
 
 
-def _own_folder() -> Path:
-    """What lies there is run: nobody else may write into it."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tokenppo" / "compiled"
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    seen = folder.stat()
+def _must_be_ours(path: Path) -> None:
+    """What lies there is run: nobody else may write it."""
+    seen = path.stat()
     if seen.st_uid != os.getuid() or seen.st_mode & 0o022:
-        raise NotCompiled(f"{folder} can be written by others, and what lies there is run: chmod 700 it, or remove it")
-    return folder
+        raise NotCompiled(f"{path} can be written by others, and what lies there is run: remove it")
+
+
+def _compiler() -> list[str]:
+    return shlex.split(os.environ.get("CXX") or "g++") or ["g++"]
 
 
 def _digest(source: Path) -> str:
-    known = source.read_bytes(), " ".join(COMPILE + LINK).encode(), _processor().encode()
+    command = [*_compiler(), *COMPILE, *LINK]
+    system = platform.libc_ver()  # a home may be seen from containers that have another
+    known = source.read_bytes(), "\0".join([*command, *system]).encode(), _processor(CPUINFO).encode()
     return hashlib.sha256(b"\0".join(known)).hexdigest()[:16]
 
 
-def _processor() -> str:
+def _processor(cpuinfo: Path) -> str:
     """Its kind and what it can do: of two with the same answer, one runs what was compiled for the other."""
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return f"{platform.machine()} {platform.processor()} {platform.node()}"
     said = dict(tuple(map(str.strip, line.split(":", 1))) for line in reversed(lines) if ":" in line)
@@ -93,22 +100,22 @@ def _wait_for(lock: object) -> None:
 
 
 def _compile(source: Path, made: Path) -> None:
-    compiler = os.environ.get("CXX") or "g++"
-    if shutil.which(compiler) is None:
-        raise NotCompiled(f"there is no {compiler} on PATH")
+    compiler = _compiler()
+    if shutil.which(compiler[0]) is None:
+        raise NotCompiled(f"there is no {compiler[0]} on PATH")
     with tempfile.TemporaryDirectory(dir=made.parent) as aside:
         here = Path(aside)
         for command in (
-            [compiler, *COMPILE, str(source), "-o", str(here / "part.o")],
-            [compiler, *LINK, str(here / "part.o"), "-o", str(here / made.name)],
+            [*compiler, *COMPILE, str(source), "-o", str(here / "part.o")],
+            [*compiler, *LINK, str(here / "part.o"), "-o", str(here / made.name)],
         ):
             try:
                 done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=COMPILING_S)
             except subprocess.TimeoutExpired as error:
-                raise NotCompiled(f"{compiler} has not compiled {source.name} in {COMPILING_S:.0f} s") from error
+                raise NotCompiled(f"{compiler[0]} has not compiled {source.name} in {COMPILING_S:.0f} s") from error
             if done.returncode:
                 said = (done.stderr.strip().splitlines() or ["without a word"])[0]
-                raise NotCompiled(f"{compiler} does not compile {source.name}: {said}")
+                raise NotCompiled(f"{compiler[0]} does not compile {source.name}: {said}")
         os.replace(here / made.name, made)
 
 

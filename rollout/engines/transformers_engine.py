@@ -276,7 +276,7 @@ class TransformersEngine:
             if self.in_slots and recorded:
                 print("decode steps are launched one by one, slower: recorded as CUDA graphs they give other numbers")
             elif self.in_slots:
-                self.not_compiled = "they give other numbers then"
+                self.not_compiled = "they fail then, or give other numbers"
         if not self.in_slots:
             self._decoder, self.own_forward = None, True
 
@@ -471,9 +471,11 @@ class TransformersEngine:
         if not self._takes_positions:
             return False
         vocabulary = self.model.get_input_embeddings().weight.shape[0]
-        rows = [torch.arange(a, b) % vocabulary for a, b in ((1, 8), (4, 9))]
-        expected = torch.stack([self.model(input_ids=r[None].to(self.device)).logits[0, -3:] for r in rows])
-        slots = Slots(2, max(map(len, rows)))
+        of = ((1, 8), (4, 9)) if self._compiled is None else ((1, 8), (4, 9), (2, 50), *[(3, 40)] * 13)
+        texts = {ab: torch.arange(*ab) % vocabulary for ab in of}  # compiled code has parts for many rows and tokens
+        logits = {ab: self.model(input_ids=r[None].to(self.device)).logits[0, -3:] for ab, r in texts.items()}
+        rows, expected = [texts[ab] for ab in of], torch.stack([logits[ab] for ab in of])
+        slots = Slots(len(rows), max(map(len, rows)))
         try:
             with self._attention_over_slots():
                 logits, _, place = self._read_prompts([r[:-2].numpy() for r in rows], slots, 0)
@@ -482,7 +484,7 @@ class TransformersEngine:
                     token = torch.stack([r[i] for r in rows]).to(self.device)
                     found.append(self._next(token, place, slots)[0].clone())
                     place = place + 1
-        except (NotImplementedError, TypeError, ValueError, RuntimeError, AttributeError, LookupError):
+        except (NotImplementedError, TypeError, ValueError, RuntimeError, AttributeError, LookupError, MemoryError):
             return (
                 False  # it does not hand `step` on, wants something that such attention has not, or is made otherwise
             )
