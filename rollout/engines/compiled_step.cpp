@@ -1,5 +1,5 @@
-// One more token of every slot through a decoder of Llama's shape, on a CPU in float32: what decoder.py computes, in one
-// call. compiler.py compiles it, compiled.py calls it and says what fits.
+// One more token of every slot through a decoder of Llama's shape, on a CPU in float32: what decoder.py computes, in
+// one call. compiler.py compiles it, compiled.py calls it and says what fits.
 //
 //   rows       x = embedding[token]
 //   per layer  rows: norm | panels: q, k, v | rows: rotate, keep k and v, attend | panels: + out
@@ -8,8 +8,8 @@
 //
 // All threads do each of these before any does the next. A product takes its weights in panels of 2 W outputs, input
 // after input, so that they are read in the order of memory, each for a block of rows that stays in registers, and the
-// next panel is fetched meanwhile. Each number of a row is added up in an order that depends on nothing else: neither on
-// the other rows nor on the number of threads.
+// next panel is fetched meanwhile. Each number of a row is added up in an order that depends on nothing else: neither
+// on the other rows nor on the number of threads.
 //
 // Legend: B rows (slots in use), H hidden size, D head width, L tokens of a row so far, W lanes of a vector.
 
@@ -99,7 +99,8 @@ inline void all_here() {
 // R rows of x times a panel of K inputs. `lines` lines of what comes next, from `ahead` on, are fetched every STRIDE
 // inputs.
 template <int R, class F>
-inline void block(const float* __restrict x, int64_t ld, const float* __restrict w, int64_t K, const float* ahead, int lines, F finish) {
+inline void block(const float* __restrict x, int64_t ld, const float* __restrict w, int64_t K, const float* ahead,
+                  int lines, F finish) {
   V sums[R][2] = {};
   auto add = [&](int64_t k) __attribute__((always_inline)) {
     const V first = load(w + k * PANEL), second = load(w + k * PANEL + W);
@@ -133,7 +134,8 @@ inline void block(const float* __restrict x, int64_t ld, const float* __restrict
 }
 
 template <int R, class F>
-void block_of(int rows, const float* x, int64_t ld, const float* w, int64_t K, const float* ahead, int lines, F finish) {
+void block_of(int rows, const float* x, int64_t ld, const float* w, int64_t K, const float* ahead, int lines,
+              F finish) {
   if constexpr (R > 0) {
     if (rows == R) block<R>(x, ld, w, K, ahead, lines, finish);
     else block_of<R - 1>(rows, x, ld, w, K, ahead, lines, finish);
@@ -279,7 +281,8 @@ void weigh(const float* weights, float by, const float* values, int64_t L, int64
 }
 
 // Query heads of one key-value head of one row; qkv and out are those of the row.
-void attend(const Model& m, const Layer& layer, int64_t row, int64_t group, int64_t place, float* qkv, float* out, float* scores) {
+void attend(const Model& m, const Layer& layer, int64_t row, int64_t group, int64_t place, float* qkv, float* out,
+            float* scores) {
   const int64_t D = m.width, each = m.heads / m.kv_heads, L = place + 1;
   const float *cos = m.cos + place * D, *sin = m.sin + place * D;
   float *query = qkv + group * each * D, *key = qkv + (m.heads + group) * D, *value = key + m.kv_heads * D;
@@ -300,8 +303,8 @@ void attend(const Model& m, const Layer& layer, int64_t row, int64_t group, int6
       store(scores + t, p);
       total += p;
     }
-    const bool last = group + 1 == m.kv_heads || e + 1 < each;
-    weigh(scores, 1.f / sum(total), values, L, D, out + (group * each + e) * D, last ? keys : keys + m.room * D);
+    const bool again = group + 1 == m.kv_heads || e + 1 < each;  // these keys, or the next ones
+    weigh(scores, 1.f / sum(total), values, L, D, out + (group * each + e) * D, again ? keys : keys + m.room * D);
   }
 }
 
@@ -333,7 +336,8 @@ void step_of_thread(const Model& m, int64_t B, const int64_t* token, const int64
     all_here();
     for (int64_t i; (i = next[number].fetch_add(1, std::memory_order_relaxed)) < B * m.kv_heads;) {
       const int64_t r = i / m.kv_heads;  // rows are of different lengths: whoever is free takes the next
-      attend(m, layer, r, i % m.kv_heads, place[r], w.qkv + r * w.q, w.attended + r * w.a, w.scores + me * up(m.room, W));
+      float* scores = w.scores + me * up(m.room, W);
+      attend(m, layer, r, i % m.kv_heads, place[r], w.qkv + r * w.q, w.attended + r * w.a, scores);
     }
     all_here();
     product(B, w.attended, w.a, w.a, layer.out, H, me, n,
@@ -342,7 +346,8 @@ void step_of_thread(const Model& m, int64_t B, const int64_t* token, const int64
     for (int64_t r = first; r < last; r++) normed(w.x + r * H, layer.mlp_norm, w.y + r * H, H, m.epsilon);
     all_here();
     product(B, w.y, H, H, layer.gate_up, 2 * w.n, me, n, [&](int64_t r, int64_t j, V gate, V up) {
-      if (layer.gate_up_bias) gate += load(layer.gate_up_bias + j * PANEL), up += load(layer.gate_up_bias + j * PANEL + W);
+      const float* bias = layer.gate_up_bias;
+      if (bias) gate += load(bias + j * PANEL), up += load(bias + j * PANEL + W);
       store(w.inner + r * w.n + j * W, gate / (1.f + exponential(-gate)) * up);
     });
     all_here();
@@ -389,7 +394,8 @@ void pack(const float* w, int64_t N, int64_t K, int64_t first, float* panels, in
 int64_t work_floats(const Model* m, int64_t B, int64_t threads) { return Work::floats(*m, B, threads); }
 
 // token, place [B] -> states [B, H] (what the head reads), logits [B, V]. Not 0: a token or a place that is none.
-int64_t step(const Model* m, int64_t B, const int64_t* token, const int64_t* place, float* work, float* states, float* logits, int64_t threads) {
+int64_t step(const Model* m, int64_t B, const int64_t* token, const int64_t* place, float* work, float* states,
+             float* logits, int64_t threads) {
   for (int64_t r = 0; r < B; r++)
     if (token[r] < 0 || token[r] >= m->vocabulary || place[r] < 0 || place[r] >= m->room) return 1;
   if (B == 0) return 0;
