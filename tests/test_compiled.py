@@ -3,6 +3,7 @@
 What they compute in every variant of a model is in test_decoder.py, which asks both ways.
 """
 
+import os
 import shutil
 import threading
 from pathlib import Path
@@ -321,6 +322,16 @@ def test_nothing_is_run_from_a_folder_that_others_can_write(cache, tmp_path):
     cache.chmod(0o777)
     with pytest.raises(NotCompiled, match="can be written by others, and what lies there is run"):
         compiler.load(a_source(tmp_path))
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_what_is_compiled_is_its_owners_alone_whatever_the_umask(cache, tmp_path):
+    before = os.umask(0o002)
+    try:
+        assert compiler.load(a_source(tmp_path)).answer() == 42
+    finally:
+        os.umask(before)
 
 
 @needs_compiler

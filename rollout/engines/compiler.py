@@ -116,6 +116,7 @@ def _compile(source: Path, made: Path) -> None:
             if done.returncode:
                 said = (done.stderr.strip().splitlines() or ["without a word"])[0]
                 raise NotCompiled(f"{compiler[0]} does not compile {source.name}: {said}")
+        (here / made.name).chmod(0o700)  # a umask of 002, which many have, would let the group write it
         os.replace(here / made.name, made)
 
 
