@@ -5,19 +5,24 @@ what is saved where a chunk is handed on in parts (`rollout.stream_size`).
     python benchmarks/staleness.py --json out.json --only curves --seeds 3 --set ppo.stop_kl=0.03
     python benchmarks/staleness.py --json out.json --only curves \\
         --set-stale ppo.stop_kl=0.03 --set-stale rollout.batch_size=128
+    python benchmarks/staleness.py --json out.json --only curves --seeds 6   # and what chance alone does
     python benchmarks/staleness.py --json out.json --only overlap
     python benchmarks/staleness.py --json out.json --only parts
 
 Curves: cards over as many samples with 0 and 1, held-out reward at each evaluation; is the mean of the stale runs
-within the spread of the others? Overlap: a random model whose responses have geometric lengths (each token may be the
-last), with a reward that takes a known time; is a step as long as the longer of writing and of scoring and learning?
-Parts: the same model and reward, on-policy, the batch written as one chunk, in four, and as one chunk in parts.
+within the spread of the others? With at least six seeds also: how often is that so of three stale and three on-policy
+seeds, whichever they are, and how often of three and three on-policy ones? Overlap: a random model whose responses have
+geometric lengths (each token may be the last), with a reward that takes a known time; is a step as long as the longer
+of writing and of scoring and learning? Parts: the same model and reward, on-policy, the batch written as one chunk, in
+four, and as one chunk in parts.
 """
 
 import argparse
 import json
 import sys
 import tempfile
+from collections.abc import Iterable
+from itertools import combinations
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -25,6 +30,7 @@ from typing import Any
 from train_command import CARDS, ROOT, Finished, circumstances, table, train, train_unless_done
 
 EVAL_EVERY, WARM_UP, BATCH = 2, 2, 256
+SEEDS = 3  # whose spread is the measure
 LIMIT = 1.10  # of the longer of the two
 REWARD = """import time
 
@@ -72,8 +78,18 @@ def judged(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for responses in sorted(rows[0]["curve"]):
         fresh, stale = ([r["curve"][responses] for r in rows if r["max_staleness"] == k] for k in (0, 1))
         at = {"responses": responses, "low": min(fresh), "high": max(fresh), "fresh": mean(fresh), "stale": mean(stale)}
-        judged.append(at | {"stale_low": min(stale), "within": min(fresh) <= mean(stale)})  # better is no loss
+        at |= {"stale_low": min(stale), "within": min(fresh) <= mean(stale)}  # better is no loss
+        if len(fresh) >= 2 * SEEDS:
+            spreads = [set(chosen) for chosen in combinations(range(len(fresh)), SEEDS)]
+            others = [set(chosen) for chosen in combinations(range(len(stale)), SEEDS)]
+            at["within_of_3"] = mean(_within(fresh, a, stale, b) for a in spreads for b in others)
+            at["by_chance"] = mean(_within(fresh, a, fresh, b) for a in spreads for b in spreads if not a & b)
+        judged.append(at)
     return judged
+
+
+def _within(of_spread: list[float], spread: Iterable[int], of_mean: list[float], others: Iterable[int]) -> bool:
+    return min(of_spread[i] for i in spread) <= mean(of_mean[i] for i in others)
 
 
 def lengths_task(folder: Path, latency_s: float) -> dict[str, Any]:
@@ -142,7 +158,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, required=True, help="where all numbers go")
     parser.add_argument("--only", choices=("curves", "overlap", "parts"), help="one part")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--steps", type=int, default=24, help="of 256 responses on cards (default 24)")
     parser.add_argument("--overlap-steps", type=int, default=10)
     parser.add_argument(
@@ -174,10 +190,17 @@ def main() -> int:
                     f"{at['stale']:.2f}",
                     f"{at['stale_low']:.2f}",
                     "yes" if at["within"] else "NO",
+                    *(f"{at[share]:.0%}" for share in ("within_of_3", "by_chance") if share in at),
                 ]
                 for at in found["judged"]
             ]
+            if args.seeds >= 2 * SEEDS:
+                heads += ["within, 3 seeds by 3", "on-policy seeds by each other"]
             print(f"cards, held-out reward\n\n{table(heads, lines)}\n")
+            if args.seeds >= 2 * SEEDS:
+                stale, chance = (sum(at[share] for at in found["judged"]) for share in ("within_of_3", "by_chance"))
+                n = len(found["judged"])
+                print(f"within at {stale:.1f} of {n} on average, on-policy seeds by each other {chance:.1f}\n")
         if args.only in (None, "overlap"):
             found["overlap"] = overlap(folder, args.latency, args.overlap_steps)
             heads = ["max_staleness", "step, s", "writing", "scoring + learning", "step / the longer"]

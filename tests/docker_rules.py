@@ -1,5 +1,6 @@
 """What a Dockerfile of ours must keep to, checked on its text: a host without an engine can refuse a bad one."""
 
+import functools
 import json
 import re
 import shlex
@@ -87,12 +88,27 @@ def ignored(path: str, patterns: list[str]) -> bool:
     """Whether .dockerignore keeps a path of the context out: the last pattern that fits it or its folder wins."""
     out = False
     for pattern in patterns:
-        keep, pattern = pattern.startswith("!"), pattern.removeprefix("!").strip("/")
-        regex = re.escape(pattern).replace(r"\*\*/", "(?:.*/)?").replace(r"\*\*", ".*")
-        regex = regex.replace(r"\*", "[^/]*").replace(r"\?", "[^/]")
-        if re.fullmatch(f"{regex}(/.*)?", path):
-            out = not keep
+        if _regex(pattern.removeprefix("!")).fullmatch(path):
+            out = not pattern.startswith("!")
     return out
+
+
+@functools.cache
+def _regex(pattern: str) -> re.Pattern:
+    regex = re.escape(pattern.strip("/")).replace(r"\*\*/", "(?:.*/)?").replace(r"\*\*", ".*")
+    regex = regex.replace(r"\*", "[^/]*").replace(r"\?", "[^/]")
+    return re.compile(f"{regex}(/.*)?")
+
+
+def _files(path: Path, root: Path, patterns: list[str]) -> Iterator[Path]:
+    """The files of the context in `path`. Folders that no exception looks into are not entered, as Docker does it."""
+    inside = path.relative_to(root).as_posix()
+    out = path != root and ignored(inside, patterns)
+    if path.is_file():
+        yield from [] if out else [path]
+    elif not out or any(p.startswith((f"!{inside}/", "!**")) for p in patterns):
+        for entry in sorted(path.iterdir()):
+            yield from _files(entry, root, patterns)
 
 
 def patterns_of(dockerignore: Path) -> list[str]:
@@ -107,8 +123,7 @@ def copied(instruction: Instruction, root: Path, patterns: list[str]) -> tuple[l
     nothing: list[str] = []
     for source in words[:-1]:
         found = [root] if source == "." else sorted(root.glob(source.strip("/")))
-        inside = [p for f in found for p in ([f] if f.is_file() else sorted(f.rglob("*"))) if p.is_file()]
-        inside = [p for p in inside if not ignored(p.relative_to(root).as_posix(), patterns)]
+        inside = [p for f in found for p in _files(f, root, patterns)]
         files += inside
         nothing += [] if inside else [source]
     return files, nothing

@@ -149,6 +149,7 @@ def test_a_service_that_does_not_answer_costs_the_deadline_and_no_more(job):
     assert [step for step, _ in scalars(job.folder, "reward/total")] == [1, 2]
 
 
+@pytest.mark.slow
 def test_a_service_that_hangs_costs_the_loop_nothing(job):
     """What waits for W&B's own process is its thread; TensorBoard, whose thread waits for nobody, has it all."""
     done = job("wandb", "tensorboard", steps=[1], freeze=True, more=3000, room=4000, close_s=10.0)

@@ -165,6 +165,7 @@ def test_a_finished_run_says_so_and_how_to_go_on_and_nothing_in_it_changes(task,
     assert {p: p.read_bytes() for p in finished.folder.rglob("*") if p.is_file()} == before
 
 
+@pytest.mark.slow
 def test_eval_repeats_the_last_evaluation(finished):
     """The same weights, prompts and seed: what `after` says comes out of final/ again."""
     metrics = tokenppo.evaluate(finished.folder)["metrics"]
@@ -268,6 +269,7 @@ def test_killing_the_command_leaves_no_orphan(task, tmp_path):
     assert not alive, f"left after 30 s: {alive}"
 
 
+@pytest.mark.slow
 def test_train_from_a_script(task, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
