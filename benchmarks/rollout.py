@@ -2,6 +2,7 @@
 
     python benchmarks/rollout.py --json out.json                        # ours and generate, about 6 minutes
     python benchmarks/rollout.py --json out.json --vllm PYTHON          # and vLLM, in the interpreter that has it
+    python benchmarks/rollout.py --json out.json --sizes 26M            # with a vocabulary of 32,000 ids, not 320
     python benchmarks/rollout.py --json out.json --device cuda --sizes 0.5B 1.5B --dtype bfloat16
 
 64 requests of 16 + 64 tokens in fp32, of equal lengths or lognormal ones (sigma 1, cut at 256); only tokens that were
@@ -29,6 +30,7 @@ from train_command import circumstances, table
 
 MODELS = SIZES | {
     "34M": Size(vocabulary=320, hidden=512, layers=8, heads=8, inner=2048),
+    "26M": Size(vocabulary=32_000, hidden=384, layers=6, heads=6, inner=1536),  # that of 14M, with so many ids
     "0.5B": Size(vocabulary=151_936, hidden=896, layers=24, heads=14, inner=4864),
     "1.5B": Size(vocabulary=151_936, hidden=1536, layers=28, heads=12, inner=8960),
 }

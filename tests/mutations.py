@@ -48,6 +48,7 @@ ALIGN, INVARIANCE, IDENTITY = ("tests/test_align.py",), ("tests/test_invariance.
 POISON, ENGINE = ("tests/test_poison.py",), ("tests/test_engine.py",)
 DECODER, PACKED = ("tests/test_decoder.py",), ("tests/test_packed.py",)
 COMPILED = ("tests/test_compiled.py",)
+DRAWN = ("tests/test_draw.py",)
 EMITTED = ("tests/test_emit_values.py",)
 WEIGHTS, COMBINE, BATCH = ("tests/test_weights.py",), ("tests/test_combine.py",), ("tests/test_batch.py",)
 PPO, LOGPROBS = ("tests/test_ppo.py",), ("tests/test_logprobs.py",)
@@ -89,7 +90,7 @@ PACKING_PY, HEAD_PY, EXPORT_PY = "trainer/packing.py", "trainer/fused_head.py", 
 AHEAD_PY = "trainer/ahead.py"
 DECODER_PY, PACKED_PY = "rollout/engines/decoder.py", "rollout/engines/packed.py"
 STEP_CPP, COMPILED_PY = "rollout/engines/compiled_step.cpp", "rollout/engines/compiled.py"
-COMPILER_PY = "rollout/engines/compiler.py"
+COMPILER_PY, DRAW_CPP, DRAW_PY = (f"rollout/engines/{name}" for name in ("compiler.py", "compiled_draw.cpp", "draw.py"))
 
 MUTATIONS = [
     # ------------------------------------------------ batches of an older policy
@@ -649,6 +650,46 @@ MUTATIONS = [
         "of = ((1, 8), (4, 9))",
         COMPILED,
     ),
+    Mutation("drawing takes an id that has no probability", DRAW_CPP, "if (e[lane] > 0) last", "last", DRAWN),
+    Mutation(
+        "drawing takes the id before",
+        DRAW_CPP,
+        "if (before > target) return last;",
+        "if (before > target) return last - 1;",
+        DRAWN,
+    ),
+    Mutation("drawing forgets the blocks before", DRAW_CPP, "before += sums[block++]", "block++", DRAWN),
+    Mutation("drawing reads what is behind the last id", DRAW_CPP, "if (i + W <= N) return load", "return load", DRAWN),
+    Mutation(
+        "a drawn log-prob knows no temperature",
+        DRAW_CPP,
+        "row.logits[*token] / row.temperature",
+        "row.logits[*token]",
+        DRAWN,
+    ),
+    Mutation(
+        "compiled code that draws something else is used",
+        DRAW_PY,
+        "if not all(map(self._is_right, ASKED)):",
+        "if False:",
+        DRAWN,
+    ),
+    Mutation("what is compiled does not know its headers", COMPILER_PY, 'source.parent.glob("*.h")', "[]", DRAWN),
+    Mutation(
+        "compiled code draws where ids are filtered",
+        ENGINE_PY,
+        "if compiled and filters is None else None",
+        "if compiled else None",
+        DRAWN,
+    ),
+    Mutation(
+        "a head adds many ids up as torch does",
+        HEAD_PY,
+        "return log_softmax(heated",
+        "return torch.log_softmax(dim=-1, input=heated",
+        HEAD,
+    ),
+    Mutation("many ids are added up as torch does", LOGPROBS_PY, "z.shape[-1] > MANY_IDS", "False", LOGPROBS),
     # ------------------------------------------------ weights on their way to the workers
     Mutation(
         "a tied head is not sent",

@@ -121,3 +121,11 @@ def test_states_in_bfloat16_and_weights_in_float32_as_under_autocast(monkeypatch
     assert got.dtype == torch.float32
     for a, b in zip(torch.autograd.grad(got, [rough, *layer.parameters()]), wanted, strict=True):
         assert float((a.float() - b).abs().max()) < 0.05 * float(b.abs().max())
+
+
+def test_many_ids_cost_no_digit():
+    torch.manual_seed(0)
+    layer, states, token = torch.nn.Linear(4, 152_000), 8 * torch.randn(20, 4), torch.arange(20) * 7000
+    logprobs, _ = score(layer, states, token, 0.9)
+    exact = (layer.double()(states.double()) / 0.9).log_softmax(-1)[torch.arange(20), token]
+    torch.testing.assert_close(logprobs.double(), exact, atol=5e-6, rtol=0)

@@ -31,5 +31,5 @@ def test_the_wheel_holds_the_packages_and_nothing_else(tmp_path):
     assert sources <= set(names) and {"launch/accelerate/cpu.yaml", "launch/accelerate/gpu.yaml"} <= set(names)
     assert {"launch/templates/slurm.sh.j2", "launch/templates/wandb_sweep.yaml"} <= set(names)
     assert {f"launch/report/{name}" for name in ("page.html", "page.css", *OWN_SCRIPTS)} <= set(names)
-    assert "rollout/engines/compiled_step.cpp" in names
+    assert {f"rollout/engines/{name}" for name in ("compiled_step.cpp", "compiled_draw.cpp", "vectors.h")} <= set(names)
     assert any(name.endswith("entry_points.txt") for name in names) and any(name.endswith("LICENSE") for name in names)

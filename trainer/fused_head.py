@@ -18,7 +18,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from core.logprobs import LEFT_OUT
+from core.logprobs import LEFT_OUT, log_softmax
 from trainer.kept import KeptSets
 from trainer.objective import add_up
 
@@ -138,7 +138,7 @@ def _log_softmax(
     """[c, V], float32 or wider. The product is rounded to the dtype of the states, as the LM rounds its logits."""
     logits = torch.nn.functional.linear(states, weight, bias).to(_wide(states.dtype))
     heated = logits / temperature if temperature != 1.0 else logits
-    return torch.log_softmax(heated if left_out is None else heated.masked_fill_(left_out, LEFT_OUT), dim=-1)
+    return log_softmax(heated if left_out is None else heated.masked_fill_(left_out, LEFT_OUT))
 
 
 def _entropy(logp: Tensor) -> Tensor:

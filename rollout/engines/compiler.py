@@ -1,6 +1,6 @@
 """Compiles a C++ source of ours for the processor that it runs on, once, and loads it.
 
-    ~/.cache/tokenppo/compiled/<source>-<digest of source, command, C library and processor>.so
+    ~/.cache/tokenppo/compiled/<source>-<digest of source, headers, command, C library and processor>.so
 
 A file is compiled under another name and renamed when it is whole; whoever comes meanwhile waits for its lock, which
 the system lifts when its holder dies. Homes are shared by machines, hence the processor in the name. No library of
@@ -21,6 +21,7 @@ import time
 from pathlib import Path
 
 STEP = Path(__file__).with_name("compiled_step.cpp")
+DRAW = Path(__file__).with_name("compiled_draw.cpp")
 CPUINFO = Path("/proc/cpuinfo")
 COMPILING_S = 120.0  # a few seconds in fact
 COMPILE = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-fopenmp", "-c")
@@ -73,7 +74,8 @@ def _compiler() -> list[str]:
 def _digest(source: Path) -> str:
     command = [*_compiler(), *COMPILE, *LINK]
     system = platform.libc_ver()  # a home may be seen from containers that have another
-    known = source.read_bytes(), "\0".join([*command, *system]).encode(), _processor(CPUINFO).encode()
+    included = [header.read_bytes() for header in sorted(source.parent.glob("*.h"))]
+    known = source.read_bytes(), *included, "\0".join([*command, *system]).encode(), _processor(CPUINFO).encode()
     return hashlib.sha256(b"\0".join(known)).hexdigest()[:16]
 
 
@@ -122,6 +124,7 @@ def _compile(source: Path, made: Path) -> None:
 
 if __name__ == "__main__":  # at the installation, so that no run waits for it
     try:
-        compiled(STEP)
+        for part in (STEP, DRAW):
+            compiled(part)
     except NotCompiled as error:
-        print(f"decode steps on a CPU are not compiled, slower: {error}")
+        print(f"decode steps on a CPU are not compiled as far as they could be, slower: {error}")

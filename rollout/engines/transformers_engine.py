@@ -28,9 +28,11 @@ from core.logprobs import logprobs_from_logits
 from core.pretrained import load_causal_lm
 from core.trajectory import KeptTokens, PromptRequest
 from core.weights import VALUE_HEAD, named_tensors
+from rollout.engines import compiler
 from rollout.engines.compiled import CompiledSteps
 from rollout.engines.compiler import NotCompiled
 from rollout.engines.decoder import Decoder, rotations_are_fixed, values_of
+from rollout.engines.draw import CompiledDraw
 from rollout.engines.engine import Begun, Generation
 from rollout.engines.graphs import Graphs, OnCuda
 from rollout.engines.packed import PackedLinears
@@ -204,7 +206,7 @@ class TransformersEngine:
     ) -> None:
         """`slots`: most responses that are written side by side; no id depends on it. `stop`, `stop_strings`: ids and
         strings that end a response. `values`: a value head, whose weights come with those of the policy, says what it
-        thinks of each state; such responses are written whole. `compiled`: decode steps are, where they can be.
+        thinks of each state; such responses are written whole. `compiled`: what writes a token is, where it can be.
 
         Raises UserError for a value head on a model without an output layer of its own."""
         self.model = model.eval()
@@ -218,7 +220,8 @@ class TransformersEngine:
         self._value_head = _value_head(model) if values else None
         self._room: Slots | None = None  # kept between calls: new memory is slow at its first touch
         self._decoder = self._graphs = self._compiled = None
-        self.not_compiled: str | None = None  # why decode steps are not, that could be
+        self.not_compiled: str | None = None  # why a decode step is not, as far as it could be
+        self._compiled_draw = self._make_draw() if compiled and filters is None else None
         self.own_forward = False  # whether a class that decoder.py knows is one that it does not compute
         if Decoder.fits(model):
             self._use_decoder(compiled)
@@ -251,8 +254,8 @@ class TransformersEngine:
             print(f"{name} cannot be read in slots: responses are written side by side, slower, with the same ids")
         elif engine.own_forward:
             print(f"{name} of this transformers is not what decoder.py computes: its own forward writes, slower")
-        elif engine.not_compiled is not None:
-            print(f"decode steps are not compiled, slower: {engine.not_compiled}")
+        if engine.not_compiled is not None:
+            print(f"decode steps are not compiled as far as they could be, slower: {engine.not_compiled}")
         return engine
 
     def _use_decoder(self, compiled: bool) -> None:
@@ -276,9 +279,18 @@ class TransformersEngine:
             if self.in_slots and recorded:
                 print("decode steps are launched one by one, slower: recorded as CUDA graphs they give other numbers")
             elif self.in_slots:
-                self.not_compiled = "they fail then, or give other numbers"
+                self.not_compiled = f"{compiler.STEP.name}, compiled, fails or gives other numbers"
         if not self.in_slots:
             self._decoder, self.own_forward = None, True
+
+    def _make_draw(self) -> CompiledDraw | None:
+        if self.device.type != "cpu":
+            return None
+        try:
+            return CompiledDraw()
+        except NotCompiled as error:
+            self.not_compiled = str(error)
+            return None
 
     def live_tensors(self) -> dict[str, Tensor]:
         head = {} if self._value_head is None else dict(self._value_head.named_parameters(prefix=VALUE_HEAD))
@@ -374,9 +386,15 @@ class TransformersEngine:
         self, logits: Tensor, values: Tensor | None, request: Tensor, written: Tensor, out: _Responses
     ) -> Tensor:
         random = out.random[request, written.clamp(max=out.steps - 1)]  # what is drawn behind a full one is left out
-        token, logprob, keep = sample(logits, random, self.temperature, self.filters)
+        token, logprob, keep = self._drawn(logits, random)
         out.write(request, written, token, logprob, keep, values)
         return token
+
+    def _drawn(self, logits: Tensor, random: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """As sampling.sample."""
+        if self._compiled_draw is not None:
+            return *self._compiled_draw(logits, random, self.temperature), None
+        return sample(logits, random, self.temperature, self.filters)
 
     def _ends(self, token: Tensor, request: Tensor, written: Tensor, out: _Responses) -> tuple[Tensor, Tensor]:
         """[B] bool each: which requests `token`, the last of the `written` ones, ends; and which are done with."""
@@ -504,7 +522,7 @@ class TransformersEngine:
         while True:
             logits, values = self._forward(ids, mask, positions, cache)
             random = out.random[rows, written.clamp(max=out.steps - 1)]  # for what has ended it is drawn in vain
-            token, logprob, keep = sample(logits, random, self.temperature, self.filters)
+            token, logprob, keep = self._drawn(logits, random)
             drawn = (x if x is None else x[alive] for x in (token, logprob, keep, values))
             out.write(rows[alive], written[alive], *drawn)
             written = written + 1
