@@ -90,7 +90,8 @@ PACKING_PY, HEAD_PY, EXPORT_PY = "trainer/packing.py", "trainer/fused_head.py", 
 AHEAD_PY = "trainer/ahead.py"
 DECODER_PY, PACKED_PY = "rollout/engines/decoder.py", "rollout/engines/packed.py"
 STEP_CPP, COMPILED_PY = "rollout/engines/compiled_step.cpp", "rollout/engines/compiled.py"
-COMPILER_PY, DRAW_CPP, DRAW_PY = (f"rollout/engines/{name}" for name in ("compiler.py", "compiled_draw.cpp", "draw.py"))
+COMPILER_PY, DRAW_PY = "rollout/engines/compiler.py", "rollout/engines/draw.py"
+DRAW_CPP, VECTORS_H = "rollout/engines/compiled_draw.cpp", "rollout/engines/vectors.h"
 
 MUTATIONS = [
     # ------------------------------------------------ batches of an older policy
@@ -576,7 +577,7 @@ MUTATIONS = [
     ),
     Mutation(
         "compiled exponentials make numbers of what is none",
-        STEP_CPP,
+        VECTORS_H,
         "return x != x ? x : x < all(-87.f)",
         "return x < all(-87.f)",
         COMPILED,
@@ -678,8 +679,8 @@ MUTATIONS = [
     Mutation(
         "compiled code draws where ids are filtered",
         ENGINE_PY,
-        "if compiled and filters is None else None",
-        "if compiled else None",
+        "self._compiled_draw is not None and self.filters is None",
+        "self._compiled_draw is not None",
         DRAWN,
     ),
     Mutation(

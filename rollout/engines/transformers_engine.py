@@ -221,7 +221,7 @@ class TransformersEngine:
         self._room: Slots | None = None  # kept between calls: new memory is slow at its first touch
         self._decoder = self._graphs = self._compiled = None
         self.not_compiled: str | None = None  # why a decode step is not, as far as it could be
-        self._compiled_draw = self._make_draw() if compiled and filters is None else None
+        self._compiled_draw = self._make_draw() if compiled else None
         self.own_forward = False  # whether a class that decoder.py knows is one that it does not compute
         if Decoder.fits(model):
             self._use_decoder(compiled)
@@ -392,7 +392,7 @@ class TransformersEngine:
 
     def _drawn(self, logits: Tensor, random: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """As sampling.sample."""
-        if self._compiled_draw is not None:
+        if self._compiled_draw is not None and self.filters is None:
             return *self._compiled_draw(logits, random, self.temperature), None
         return sample(logits, random, self.temperature, self.filters)
 
