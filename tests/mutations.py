@@ -677,6 +677,13 @@ MUTATIONS = [
     ),
     Mutation("what is compiled does not know its headers", COMPILER_PY, 'source.parent.glob("*.h")', "[]", DRAWN),
     Mutation(
+        "who wants no compiled code has it draw",
+        ENGINE_PY,
+        "self._make_draw() if compiled else None",
+        "self._make_draw()",
+        DRAWN,
+    ),
+    Mutation(
         "compiled code draws where ids are filtered",
         ENGINE_PY,
         "self._compiled_draw is not None and self.filters is None",

@@ -108,10 +108,10 @@ def test_a_lock_that_a_compiler_left(tmp_path):
     assert status == "warn" and str(tmp_path / "lock") in said
 
 
-def test_decode_steps_that_cannot_be_compiled():
-    assert one(software.judge_steps(None)) == ("ok", "decode steps on a CPU are compiled")
-    status, said = one(software.judge_steps("there is no g++ on PATH"))
-    assert status == "warn" and "half the speed in float32" in said and "(there is no g++ on PATH)" in said
+def test_what_cannot_be_compiled():
+    assert one([software.judge_compiled("decode steps", None)]) == ("ok", "decode steps on a CPU are compiled")
+    status, said = one([software.judge_compiled("draws of tokens", "there is no g++ on PATH")])
+    assert status == "warn" and "twenty times as long (there is no g++ on PATH)" in said
 
 
 def test_locks_are_looked_at_and_left(tmp_path):

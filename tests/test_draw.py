@@ -129,6 +129,12 @@ def test_any_dtype_and_any_layout_of_logits(drawn):
     assert len(none) == 0
 
 
+def test_a_temperature_that_float32_has_not_is_left_to_float64():
+    for temperature in (1e-39, 1e39):
+        served = TransformersEngine(tiny_models.make_model("gpt2"), (0,), temperature=temperature, max_new_tokens=4)
+        assert served._compiled_draw is None and served.not_compiled is None
+
+
 @pytest.mark.parametrize("wrong", ["the next id", "log-probs of another temperature", "no id"])
 def test_code_that_draws_something_else_is_not_used(wrong, monkeypatch):
     right = CompiledDraw.__call__
@@ -162,6 +168,7 @@ def test_an_engine_draws_so_and_writes_the_same_without(kind, monkeypatch):
     got = written()
     assert called
     want = written(compiled=False)
+    assert not called
     written(filters=Filters(top_p=0.9))
     assert not called
     for a, b in zip(got, want, strict=True):

@@ -35,6 +35,7 @@ def row_id(row: dict) -> str:
     return row["samples.artifact_path"]
 
 
+@pytest.mark.slow
 def test_responses_and_histograms_are_in_the_row_of_their_step_once(job):
     """Over a resume, too: what was replayed is not shown again."""
     first = job("tensorboard", "wandb", steps=[1, 2, 3], looks=[2, 3])

@@ -59,6 +59,7 @@ def test_one_run_offline_without_a_login_asks_nothing_and_is_all_there(job):
         assert list(outside.rglob("*")) == []
 
 
+@pytest.mark.slow
 def test_a_verdict_is_an_alert_and_a_text_once(job):
     """A run that goes on judges the rows that are there, and sends nothing again."""
     bad = {"ppo/first_ratio_error": 0.5}
@@ -81,6 +82,7 @@ def test_a_secret_on_the_command_line_is_not_recorded(job):
     assert b"hunter2" not in file.read_bytes()
 
 
+@pytest.mark.slow
 def test_after_a_kill_the_same_run_goes_on_and_has_each_step_once(job):
     first = job("tensorboard", "wandb", steps=[1, 2, 3, 4, 5], die=True, returncode=-signal.SIGKILL)
     second = job("tensorboard", "wandb", steps=[3, 4, 5, 6, 7], ids=ids(first), resumed_from=2)

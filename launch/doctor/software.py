@@ -213,27 +213,38 @@ def judge_compilers(abandoned: list[Path], held: list[Path]) -> list[Finding]:
     return [ok(f"{len(held)} extensions are being compiled just now" if held else "no lock of a compiler is left")]
 
 
-def judge_steps(why_not: str | None) -> list[Finding]:
-    """`why_not`: what keeps decode steps from being compiled."""
+COMPILED = {  # what it costs where it is not
+    "decode steps": "responses of Llama's and Qwen's shapes are written at about half the speed",
+    "draws of tokens": "one from a large vocabulary takes twenty times as long",
+}
+
+
+def judge_compiled(what: str, why_not: str | None) -> Finding:
+    """`why_not`: what keeps that part of COMPILED from being compiled."""
     if why_not is None:
-        return [ok("decode steps on a CPU are compiled")]
-    slower = (
-        "responses of Llama's and Qwen's shapes are written at about half the speed in float32, and drawing from a"
-        " large vocabulary takes twenty times as long"
-    )
+        return ok(f"{what} on a CPU are compiled")
     remedy = "install g++" if "on PATH" in why_not else "docs/troubleshooting.md; a run goes on without"
-    return [warn(f"decode steps on a CPU are not compiled: {slower} ({why_not})", remedy)]
+    return warn(f"{what} on a CPU are not compiled: {COMPILED[what]} ({why_not})", remedy)
 
 
 def look_at_compilers(situation: Situation) -> list[Finding]:
+    from rollout.engines.draw import CompiledDraw
+
     found = judge_compilers(*compiled_ops.locks())
     cfg = situation.cfg
     elsewhere = cfg.rollout.engine != "transformers" or cfg.resources.device == "cuda"
     if elsewhere or (cfg.resources.device == "auto" and devices.driver().gpus):
         return found
-    try:
-        for source in (compiler.STEP, compiler.DRAW):
-            compiler.load(source)
-    except compiler.NotCompiled as error:
-        return [*found, *judge_steps(str(error))]
-    return [*found, *judge_steps(None)]
+    wanted: dict[str, Callable[[], object]] = {}
+    if cfg.model.dtype == "float32":
+        wanted["decode steps"] = lambda: compiler.load(compiler.STEP)
+    if not cfg.rollout.filters:
+        wanted["draws of tokens"] = CompiledDraw
+    for what, make in wanted.items():
+        try:
+            make()
+        except compiler.NotCompiled as error:
+            found.append(judge_compiled(what, str(error)))
+        else:
+            found.append(judge_compiled(what, None))
+    return found

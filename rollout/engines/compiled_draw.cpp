@@ -79,10 +79,7 @@ void draw_row(const Row& row, double random, double* sums, int64_t* token, float
   const double target = random * total;
   double before = 0;
   int64_t block = 0;
-  while (block < blocks && !(before + sums[block] > target)) before += sums[block++];
-  if (block == blocks)  // random so near to 1 that the product is the total
-    do before -= sums[--block];
-    while (block > 0 && sums[block] == 0);
+  while (block + 1 < blocks && !(before + sums[block] > target)) before += sums[block++];  // the last: no number at all
   const int64_t found = row.within(block, before, target);
   *token = found < 0 ? row.N - 1 : found;
   *logprob = float(double(row.logits[*token] / row.temperature) - row.largest - std::log(total));

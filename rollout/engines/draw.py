@@ -16,6 +16,7 @@ from rollout.engines.compiler import NotCompiled
 
 TOLERANCE = 1e-5  # of probabilities and log-probs, against sampling in float64
 ASKED = (5, 320, 4099)  # ids of the distributions that are drawn from to see whether it is right
+CPU = torch.device("cpu")
 
 
 class CompiledDraw:
@@ -28,14 +29,19 @@ class CompiledDraw:
         if not all(map(self._is_right, ASKED)):
             raise NotCompiled(f"{compiler.DRAW.name}, compiled, draws other tokens")
 
+    @staticmethod
+    def fits(temperature: float) -> bool:
+        """Whether logits over it are numbers of float32 too."""
+        return 1e-20 < temperature < 1e20
+
     def __call__(self, logits: Tensor, random: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         """`logits` [B, V] of any dtype and `random` [B] float64 in [0, 1), on a CPU."""
         logits, random = logits.float().contiguous(), random.contiguous()
-        (rows, ids), cpu = logits.shape, torch.device("cpu")
+        rows, ids = logits.shape
         assert ids and random.shape == (rows,) and random.dtype == torch.float64, (logits.shape, random)
-        assert logits.device == random.device == cpu and temperature > 0, (logits.device, random.device, temperature)
-        token = torch.empty(rows, dtype=torch.long, device=cpu)
-        logprob = torch.empty(rows, dtype=torch.float32, device=cpu)
+        assert logits.device == random.device == CPU and self.fits(temperature), (logits.device, temperature)
+        token = torch.empty(rows, dtype=torch.long, device=CPU)
+        logprob = torch.empty(rows, dtype=torch.float32, device=CPU)
         sizes, threads = (c_int64(rows), c_int64(ids)), c_int64(torch.get_num_threads())
         given, drawn = (logits, random), (token, logprob)
         first, second, third, fourth = (c_void_p(x.data_ptr()) for x in (*given, *drawn))
@@ -44,9 +50,9 @@ class CompiledDraw:
 
     def _is_right(self, ids: int) -> bool:
         """By the distribution itself: at the edge of an id float32 may draw its neighbour."""
-        rng = torch.Generator().manual_seed(0)
-        logits = 4 * torch.randn(40, ids, generator=rng, dtype=torch.float32)
-        random, temperature = torch.rand(40, generator=rng, dtype=torch.float64), 0.7
+        rng, temperature = torch.Generator(CPU).manual_seed(0), 0.7
+        logits = 4 * torch.randn(40, ids, generator=rng, dtype=torch.float32, device=CPU)
+        random = torch.rand(40, generator=rng, dtype=torch.float64, device=CPU)
         token, logprob = self(logits, random, temperature)
         if bool(((token < 0) | (token >= ids)).any()):
             return False

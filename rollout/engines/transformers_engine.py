@@ -271,7 +271,7 @@ class TransformersEngine:
             try:
                 self._compiled = CompiledSteps(self.model, self._value_head)
             except NotCompiled as error:
-                self.not_compiled = str(error)
+                self._note_not_compiled(str(error))
         self.in_slots = self._reads_slots()
         if not self.in_slots and (self._graphs or self._compiled) is not None:
             recorded, self._graphs, self._compiled = self._graphs is not None, None, None
@@ -279,18 +279,22 @@ class TransformersEngine:
             if self.in_slots and recorded:
                 print("decode steps are launched one by one, slower: recorded as CUDA graphs they give other numbers")
             elif self.in_slots:
-                self.not_compiled = f"{compiler.STEP.name}, compiled, fails or gives other numbers"
+                self._note_not_compiled(f"{compiler.STEP.name}, compiled, fails or gives other numbers")
         if not self.in_slots:
             self._decoder, self.own_forward = None, True
 
     def _make_draw(self) -> CompiledDraw | None:
-        if self.device.type != "cpu":
+        if self.device.type != "cpu" or not CompiledDraw.fits(self.temperature):
             return None
         try:
             return CompiledDraw()
         except NotCompiled as error:
-            self.not_compiled = str(error)
+            self._note_not_compiled(str(error))
             return None
+
+    def _note_not_compiled(self, why: str) -> None:
+        if self.not_compiled != why:  # both parts may lack the same
+            self.not_compiled = why if self.not_compiled is None else f"{self.not_compiled}; {why}"
 
     def live_tensors(self) -> dict[str, Tensor]:
         head = {} if self._value_head is None else dict(self._value_head.named_parameters(prefix=VALUE_HEAD))

@@ -15,7 +15,7 @@ constexpr int W = 4;
 
 typedef float V __attribute__((vector_size(4 * W)));
 typedef float Unaligned __attribute__((vector_size(4 * W), aligned(4), may_alias));
-typedef int32_t I __attribute__((vector_size(4 * W)));
+typedef uint32_t I __attribute__((vector_size(4 * W)));
 
 inline V load(const float* p) { return *(const Unaligned*)p; }
 inline void store(float* p, V v) { *(Unaligned*)p = v; }
