@@ -28,7 +28,7 @@ from core.trajectory import PromptRequest, Trajectory, sample_uid
 from core.weights import named_tensors
 from reward_server.components import ScoreRequest
 from reward_server.scorer import Scorer
-from rollout.engines import transformers_engine
+from rollout.engines import responses
 from rollout.engines.transformers_engine import TransformersEngine
 from trainer.batch import TrainBatch
 from trainer.learner import Learner
@@ -106,7 +106,7 @@ class PlannedUniforms:
     """Stands in for `uniforms` of the engine: lengths as planned, all other tokens as they come."""
 
     def __init__(self, case: Case) -> None:
-        self._real = transformers_engine.uniforms
+        self._real = responses.uniforms
         self._case = case
 
     def __call__(self, request: PromptRequest, n: int) -> np.ndarray:
@@ -131,7 +131,7 @@ class Side:
         self.learner = Learner(cfg, self.accelerator, lm.eval(), ref.eval())
         self.engine = None
         if not fake:
-            transformers_engine.uniforms = PlannedUniforms(case)
+            responses.uniforms = PlannedUniforms(case)
             dtype = torch.bfloat16 if case.bf16 else torch.float32
             self.engine = TransformersEngine(
                 load_causal_lm(request["model"], dtype),

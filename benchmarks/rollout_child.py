@@ -37,10 +37,11 @@ class Slots:
     """The embedded engine. The last id stops; a random number near 1 draws it where a response is to end."""
 
     def __init__(self, path: str, size: Size, longest: int, asked: dict[str, Any]) -> None:
-        from rollout.engines import transformers_engine
+        from rollout.engines import responses
+        from rollout.engines.transformers_engine import TransformersEngine
 
         self._lengths: dict[int, int] = {}
-        real = transformers_engine.uniforms
+        real = responses.uniforms
 
         def planned(request: PromptRequest, n: int) -> np.ndarray:
             # The last ids are the last part of the cumulative distribution, of about 1 / V each: not drawn by chance.
@@ -49,8 +50,8 @@ class Slots:
                 numbers[end - 1] = 1 - 1e-12
             return numbers
 
-        transformers_engine.uniforms = planned
-        self._engine = transformers_engine.TransformersEngine.load(
+        responses.uniforms = planned
+        self._engine = TransformersEngine.load(
             path,
             (size.vocabulary - 1,),
             dtype=asked["dtype"],

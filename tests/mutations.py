@@ -83,6 +83,7 @@ TURNS_PY = "rollout/turns.py"
 BATCH_PY, PPO_PY, LOOP_PY = "trainer/batch.py", "trainer/ppo.py", "trainer/loop.py"
 COMBINE_PY, WEIGHTS_PY, RECEIVER_PY = "core/combine.py", "core/weights.py", "rollout/weight_receiver.py"
 LOGPROBS_PY, ENGINE_PY = "core/logprobs.py", "rollout/engines/transformers_engine.py"
+RESPONSES_PY = "rollout/engines/responses.py"
 LEARNER_PY, MODEL_PY, OBJECTIVE_PY = "trainer/learner.py", "trainer/model.py", "trainer/objective.py"
 VALUE_HEADS_PY, SAMPLING_PY, KEPT_PY = "trainer/value_heads.py", "rollout/engines/sampling.py", "trainer/kept.py"
 PACKING_PY, HEAD_PY, EXPORT_PY = "trainer/packing.py", "trainer/fused_head.py", "trainer/engine_weights.py"
@@ -460,7 +461,7 @@ MUTATIONS = [
     Mutation("the engine attends to padding", ENGINE_PY, "mask[i, width - len(prompt) :] = 1", "mask[i] = 1", ENGINE),
     Mutation(
         "all samples of a prompt are the same",
-        ENGINE_PY,
+        RESPONSES_PY,
         "(request.ordinal << 20) | request.k",
         "(request.ordinal << 20)",
         IDENTITY,
@@ -472,7 +473,7 @@ MUTATIONS = [
         "torch.minimum(written[ended] - stopped[ended].long(), out",
         ENGINE,
     ),
-    Mutation("a cut response says that it stopped", ENGINE_PY, '"stop" if stop else "length"', '"stop"', ENGINE),
+    Mutation("a cut response says that it stopped", RESPONSES_PY, '"stop" if stop else "length"', '"stop"', ENGINE),
     Mutation(
         "the tokenizer's eos ends no response",
         ENGINE_PY,

@@ -13,8 +13,9 @@ from core.faults import UserError
 from core.trajectory import KeptTokens, PromptRequest
 from rollout.engines import transformers_engine
 from rollout.engines.engine import Begun
+from rollout.engines.responses import uniforms
 from rollout.engines.sampling import Filters, sample
-from rollout.engines.transformers_engine import TransformersEngine, stop_ids, uniforms
+from rollout.engines.transformers_engine import TransformersEngine, stop_ids
 
 
 def engine(name: str, temperature: float = 1.0, max_new_tokens: int = 24, **more: object) -> TransformersEngine:

@@ -15,7 +15,6 @@ token of a response is read by no other step, so a response that is cut stays in
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -26,7 +25,7 @@ from transformers import AutoConfig, DynamicCache, GenerationConfig
 from core.faults import UserError
 from core.logprobs import logprobs_from_logits
 from core.pretrained import load_causal_lm
-from core.trajectory import KeptTokens, PromptRequest
+from core.trajectory import PromptRequest
 from core.weights import VALUE_HEAD, named_tensors
 from rollout.engines import compiler
 from rollout.engines.compiled import CompiledSteps
@@ -36,18 +35,13 @@ from rollout.engines.draw import CompiledDraw
 from rollout.engines.engine import Begun, Generation
 from rollout.engines.graphs import Graphs, OnCuda
 from rollout.engines.packed import PackedLinears
+from rollout.engines.responses import Responses
 from rollout.engines.sampling import Filters, sample
 from rollout.engines.slots import ATTENTION, Prompts, Slots, Tokens
 from rollout.stop_strings import StopStrings
 
 GRAPHS_ON = ("cuda",)  # kinds of devices
 READ_TOKENS, READ_LOGITS = 2**16, 2**10  # of one pass over texts
-
-
-def uniforms(request: PromptRequest, n: int) -> np.ndarray:
-    """[n] float64 in [0, 1): number t decides token t. Counter based: a function of (seed, ordinal, k, t)."""
-    key = np.array([request.seed, (request.ordinal << 20) | request.k], dtype=np.uint64)
-    return np.random.Generator(np.random.Philox(key=key)).random(n)
 
 
 def stop_ids(model_path: str, tokenizer_eos: int | None) -> tuple[int, ...]:
@@ -92,102 +86,6 @@ def _fit(texts: list[np.ndarray], first: int, last: int) -> int:
         if i > first and (len(different) * max(lengths) > READ_TOKENS or len(different) * len(lengths) > READ_LOGITS):
             return i
     return last
-
-
-@dataclass(frozen=True)
-class _Responses:
-    """What is being written, on the device of the model. With values there is a column more than steps: what comes
-    behind a full response is written there, and its value is the bootstrap."""
-
-    steps: int
-    random: Tensor  # [B, steps] float64: number t decides token t
-    ids: Tensor  # [B, columns]
-    logprobs: Tensor  # [B, columns]
-    limits: Tensor  # [B] of its tokens, where each is left
-    lengths: Tensor  # [B]
-    stopped: Tensor  # [B] bool
-    begun: Tensor  # [B] tokens that were there before
-    turn: Tensor  # [B] where the turn that is written starts
-    values: Tensor | None  # [B, columns] of the states before them
-    kept: list[list[np.ndarray]] | None  # of each request, of each token: the ids it was drawn from; None: no filter
-
-    @classmethod
-    def of(
-        cls,
-        requests: list[PromptRequest],
-        begun: list[Begun | None],
-        steps: int,
-        device: torch.device,
-        *,
-        filtered: bool,
-        most: int | None,
-        valued: bool,
-    ) -> "_Responses":
-        n, columns = len(requests), steps + valued
-        ids, logprobs = torch.zeros((n, columns), dtype=torch.long), torch.zeros((n, columns), dtype=torch.float32)
-        starts = torch.zeros(n, dtype=torch.long)
-        turn = torch.tensor([0 if start is None else start.turn for start in begun], dtype=torch.long)
-        kept: list[list[np.ndarray]] = [[] for _ in requests]
-        for i, start in enumerate(begun):
-            if start is not None:
-                starts[i] = len(start.response_ids)
-                assert starts[i] < steps, f"a response of {steps} tokens was begun with {starts[i]}"
-                ids[i, : starts[i]] = torch.tensor(start.response_ids)
-                logprobs[i, : starts[i]] = torch.tensor(start.logprobs)
-                if filtered:
-                    kept[i] = [start.kept[t] for t in range(len(start.kept))]
-        limits = torch.full((n,), steps) if most is None else (starts + most).clamp(max=steps)
-        return cls(
-            steps=steps,
-            random=torch.from_numpy(np.stack([uniforms(r, steps) for r in requests])).to(device),
-            ids=ids.to(device),
-            logprobs=logprobs.to(device),
-            limits=limits.to(device),
-            lengths=limits.to(device, copy=True),
-            stopped=torch.zeros(n, dtype=torch.bool, device=device),
-            begun=starts.to(device),
-            turn=turn.to(device),
-            values=torch.zeros((n, columns), device=device) if valued else None,
-            kept=kept if filtered else None,
-        )
-
-    def write(
-        self,
-        request: Tensor,
-        number: Tensor | int,
-        token: Tensor,
-        logprob: Tensor,
-        keep: Tensor | None,
-        value: Tensor | None,
-    ) -> None:
-        """Token `number` of each `request`, all [B]; `keep` [B, V] bool."""
-        self.ids[request, number], self.logprobs[request, number] = token, logprob
-        if value is not None:
-            self.values[request, number] = value
-        if keep is not None:
-            ids = keep.nonzero()[:, 1].int().cpu().numpy()
-            sets = np.split(ids, keep.sum(-1).cumsum(-1)[:-1].cpu().numpy())
-            for row, kept in zip(request.tolist(), sets, strict=True):
-                self.kept[row].append(kept)
-
-    def generations(self, ended: Tensor) -> Iterator[tuple[int, Generation]]:
-        """Of the requests `ended` [E], with their numbers, by these."""
-        ended = ended.sort().values
-        ids, logprobs = self.ids[ended].cpu().numpy(), self.logprobs[ended].cpu().numpy()
-        values = None if self.values is None else self.values[ended].cpu().numpy()
-        rows = (ended.tolist(), self.lengths[ended].tolist(), self.stopped[ended].tolist())
-        for row, (i, length, stop) in enumerate(zip(*rows, strict=True)):
-            yield (
-                i,
-                Generation(
-                    response_ids=ids[row, :length].copy(),
-                    logprobs=logprobs[row, :length].copy(),
-                    finish_reason="stop" if stop else "length" if length == self.steps else None,
-                    kept=None if self.kept is None else KeptTokens.of(self.kept[i][:length]),
-                    values=None if values is None else values[row, :length].copy(),
-                    bootstrap=None if values is None or stop else float(values[row, length]),
-                ),
-            )
 
 
 class TransformersEngine:
@@ -330,7 +228,7 @@ class TransformersEngine:
         begun, filtered = begun or [None] * len(requests), self.filters is not None
         valued = self._value_head is not None
         assert not (valued and (most is not None or any(begun))), "responses with values are written whole"
-        responses = _Responses.of(
+        responses = Responses.of(
             requests, begun, self.max_new_tokens, self.device, filtered=filtered, most=most, valued=valued
         )
         texts = [  # that are read before the first token is written
@@ -348,7 +246,7 @@ class TransformersEngine:
 
     # ------------------------------------------------------------------------------------------------------- in slots
 
-    def _write_in_slots(self, texts: list[np.ndarray], room: int, out: _Responses) -> Iterator[Tensor]:
+    def _write_in_slots(self, texts: list[np.ndarray], room: int, out: Responses) -> Iterator[Tensor]:
         """Yields the requests that have ended after a token, [E]."""
         n_slots = min(self.slots, len(texts))
         slots = self._make_room(n_slots, room)
@@ -387,7 +285,7 @@ class TransformersEngine:
             request, written, token, place = (x[:left] for x in (request, written, token, place))
 
     def _sample(
-        self, logits: Tensor, values: Tensor | None, request: Tensor, written: Tensor, out: _Responses
+        self, logits: Tensor, values: Tensor | None, request: Tensor, written: Tensor, out: Responses
     ) -> Tensor:
         random = out.random[request, written.clamp(max=out.steps - 1)]  # what is drawn behind a full one is left out
         token, logprob, keep = self._drawn(logits, random)
@@ -400,7 +298,7 @@ class TransformersEngine:
             return *self._compiled_draw(logits, random, self.temperature), None
         return sample(logits, random, self.temperature, self.filters)
 
-    def _ends(self, token: Tensor, request: Tensor, written: Tensor, out: _Responses) -> tuple[Tensor, Tensor]:
+    def _ends(self, token: Tensor, request: Tensor, written: Tensor, out: Responses) -> tuple[Tensor, Tensor]:
         """[B] bool each: which requests `token`, the last of the `written` ones, ends; and which are done with."""
         if self._value_head is None:
             stopped = self._is_last(token, request, written, out)
@@ -409,7 +307,7 @@ class TransformersEngine:
         stopped = self._is_last(token, request, written.clamp(max=out.steps), out) & ~done
         return stopped, stopped | done
 
-    def _is_last(self, token: Tensor, request: Tensor, written: Tensor, out: _Responses) -> Tensor:
+    def _is_last(self, token: Tensor, request: Tensor, written: Tensor, out: Responses) -> Tensor:
         """[B] bool: whether `token`, the last of the `written` ones of its request, ends the response."""
         last = torch.isin(token, self._stop)
         if self._stop_strings is not None:
@@ -516,7 +414,7 @@ class TransformersEngine:
 
     # --------------------------------------------------------------------------------------------------- side by side
 
-    def _write_side_by_side(self, texts: list[np.ndarray], out: _Responses) -> Iterator[Tensor]:
+    def _write_side_by_side(self, texts: list[np.ndarray], out: Responses) -> Iterator[Tensor]:
         """Yields the requests that have ended after a token, [E]."""
         ids, mask = self._pad_left(texts)  # [B, P]
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
