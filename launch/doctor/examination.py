@@ -106,7 +106,9 @@ CHECKS = (
     ),
     Check(
         name="compilers",
-        looks_at="locks of DeepSpeed's compiler that a killed process left; compiles decode steps, as a run would",
+        looks_at=(
+            "locks of DeepSpeed's compiler that a killed process left; compiles decode steps and draws, as a run would"
+        ),
         says="warn: there is one: others wait for it for ever, a run of ours removes it; or a run writes slower",
         look=software.look_at_compilers,
         deadline_s=60,

@@ -235,11 +235,9 @@ def look_at_compilers(situation: Situation) -> list[Finding]:
     elsewhere = cfg.rollout.engine != "transformers" or cfg.resources.device == "cuda"
     if elsewhere or (cfg.resources.device == "auto" and devices.driver().gpus):
         return found
-    wanted: dict[str, Callable[[], object]] = {}
+    wanted: dict[str, Callable[[], object]] = {"draws of tokens": CompiledDraw}
     if cfg.model.dtype == "float32":
         wanted["decode steps"] = lambda: compiler.load(compiler.STEP)
-    if not cfg.rollout.filters:
-        wanted["draws of tokens"] = CompiledDraw
     for what, make in wanted.items():
         try:
             make()

@@ -83,18 +83,16 @@ class Responses:
         number: Tensor | int,
         token: Tensor,
         logprob: Tensor,
-        keep: Tensor | None,
+        kept: list[np.ndarray] | None,
         value: Tensor | None,
     ) -> None:
-        """Token `number` of each `request`, all [B]; `keep` [B, V] bool."""
+        """Token `number` of each `request`, all [B], and the ids that each was drawn from."""
         self.ids[request, number], self.logprobs[request, number] = token, logprob
         if value is not None:
             self.values[request, number] = value
-        if keep is not None:
-            ids = keep.nonzero()[:, 1].int().cpu().numpy()
-            sets = np.split(ids, keep.sum(-1).cumsum(-1)[:-1].cpu().numpy())
-            for row, kept in zip(request.tolist(), sets, strict=True):
-                self.kept[row].append(kept)
+        if kept is not None:
+            for row, ids in zip(request.tolist(), kept, strict=True):
+                self.kept[row].append(ids)
 
     def generations(self, ended: Tensor) -> Iterator[tuple[int, Generation]]:
         """Of the requests `ended` [E], with their numbers, by these."""

@@ -12,6 +12,7 @@ Legend: B rows, V vocabulary.
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -59,6 +60,12 @@ def _candidates(p: Tensor, top_p: float) -> Tensor | None:
         if bool(((most * sure).sum(-1) >= top_p).all()):
             return ids.sort(dim=-1).values
     return None
+
+
+def sets_of(keep: Tensor) -> list[np.ndarray]:
+    """[B, V] bool -> the ids of each row, int32 and ascending."""
+    ids = keep.nonzero()[:, 1].int().cpu().numpy()
+    return np.split(ids, keep.sum(-1).cumsum(-1)[:-1].cpu().numpy())
 
 
 def sample(

@@ -36,7 +36,7 @@ from rollout.engines.engine import Begun, Generation
 from rollout.engines.graphs import Graphs, OnCuda
 from rollout.engines.packed import PackedLinears
 from rollout.engines.responses import Responses
-from rollout.engines.sampling import Filters, sample
+from rollout.engines.sampling import Filters, sample, sets_of
 from rollout.engines.slots import ATTENTION, Prompts, Slots, Tokens
 from rollout.stop_strings import StopStrings
 
@@ -288,15 +288,16 @@ class TransformersEngine:
         self, logits: Tensor, values: Tensor | None, request: Tensor, written: Tensor, out: Responses
     ) -> Tensor:
         random = out.random[request, written.clamp(max=out.steps - 1)]  # what is drawn behind a full one is left out
-        token, logprob, keep = self._drawn(logits, random)
-        out.write(request, written, token, logprob, keep, values)
+        token, logprob, kept = self._drawn(logits, random)
+        out.write(request, written, token, logprob, kept, values)
         return token
 
-    def _drawn(self, logits: Tensor, random: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """As sampling.sample."""
-        if self._compiled_draw is not None and self.filters is None:
-            return *self._compiled_draw(logits, random, self.temperature), None
-        return sample(logits, random, self.temperature, self.filters)
+    def _drawn(self, logits: Tensor, random: Tensor) -> tuple[Tensor, Tensor, list[np.ndarray] | None]:
+        """As sampling.sample, with the kept ids of each row."""
+        if self._compiled_draw is not None:
+            return self._compiled_draw(logits, random, self.temperature, self.filters)
+        token, logprob, keep = sample(logits, random, self.temperature, self.filters)
+        return token, logprob, None if keep is None else sets_of(keep)
 
     def _ends(self, token: Tensor, request: Tensor, written: Tensor, out: Responses) -> tuple[Tensor, Tensor]:
         """[B] bool each: which requests `token`, the last of the `written` ones, ends; and which are done with."""
@@ -424,9 +425,11 @@ class TransformersEngine:
         while True:
             logits, values = self._forward(ids, mask, positions, cache)
             random = out.random[rows, written.clamp(max=out.steps - 1)]  # for what has ended it is drawn in vain
-            token, logprob, keep = self._drawn(logits, random)
-            drawn = (x if x is None else x[alive] for x in (token, logprob, keep, values))
-            out.write(rows[alive], written[alive], *drawn)
+            token, logprob, kept = self._drawn(logits, random)
+            if kept is not None:
+                kept = [ids for ids, goes_on in zip(kept, alive.tolist(), strict=True) if goes_on]
+            value = None if values is None else values[alive]
+            out.write(rows[alive], written[alive], token[alive], logprob[alive], kept, value)
             written = written + 1
             stopped, ended = self._ends(token, rows, written, out)
             stopped = alive & stopped
