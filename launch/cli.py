@@ -16,6 +16,7 @@ from core.plain_text import one_line
 from core.schema import Config
 from launch import arguments, early, run_folder, users_code, verbs
 from launch.cluster import EXIT_CODE_FOLDER, adopt_orphans, cores, die_with_parent, prepare_environment, prepare_hub
+from launch.last_words import raise_terminated
 
 GRACE_S = 8.0  # between the first signal and the killing of what is left
 
@@ -78,8 +79,8 @@ def launch(argv: list[str], args: arguments.TrainArguments, cfg: Config, *, mach
             command += ["--num_cpu_threads_per_process", str(cores())]
         command += ["-m", "launch.train", *argv]
         # In a session of its own: Ctrl-C reaches this process alone, which passes it on to the learner.
-        signal.signal(signal.SIGTERM, _raise_terminated)
-        signal.signal(signal.SIGHUP, _raise_terminated)
+        signal.signal(signal.SIGTERM, raise_terminated)
+        signal.signal(signal.SIGHUP, raise_terminated)
         guard = functools.partial(die_with_parent, os.getpid())
         adopt_orphans()
         child = None
@@ -100,10 +101,6 @@ def launch(argv: list[str], args: arguments.TrainArguments, cfg: Config, *, mach
         codes_by_rank = [said[rank] for rank in sorted(said, key=int)]
         own = [code for code in codes_by_rank if code not in (0, TERMINATED)]
         return 1 if 1 in own else next(iter(own), max(codes_by_rank, default=1))
-
-
-def _raise_terminated(signum: int, frame: object) -> None:
-    raise SystemExit(TERMINATED)
 
 
 def _kill_orphans() -> None:

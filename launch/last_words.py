@@ -5,11 +5,28 @@ C++ side and with nothing written, and a handler in Python may come too late for
 can be inside a call of Ray's for a second. So what must not be lost is done on a thread that the signal itself wakes.
 """
 
+import os
 import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from types import FrameType
+
+from core.faults import TERMINATED
+
+AGAIN_S = 0.05
+
+
+def raise_terminated(signum: int, frame: FrameType | None) -> None:
+    """A handler of signals: SystemExit(TERMINATED), so that what was started is ended on the way out. A moment later
+    where a finalizer is at work: of what is raised there Python prints a traceback and goes on."""
+    while frame is not None:
+        if frame.f_code.co_name == "__del__":
+            threading.Timer(AGAIN_S, os.kill, (os.getpid(), signum)).start()
+            return
+        frame = frame.f_back
+    raise SystemExit(TERMINATED)
 
 
 @contextmanager

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from core.config import load_rewards
-from core.faults import TERMINATED, UserError
+from core.faults import UserError
+from launch.last_words import raise_terminated
 
 TOKEN_VARIABLE = "TOKENPPO_REWARD_TOKEN"
 SHORTEST_TOKEN = 16  # characters
@@ -32,7 +33,7 @@ def main(args: Any) -> int:
         if importlib.util.find_spec(library) is None:
             raise UserError(f"serve-reward wants {library}, which is not installed: pip install 'tokenppo[server]'")
     listener = listen(args.host, args.port)
-    signal.signal(signal.SIGTERM, _terminate)
+    signal.signal(signal.SIGTERM, raise_terminated)
     import uvicorn
 
     from reward_server.http_server import create_app
@@ -111,7 +112,3 @@ def listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         raise UserError(f"--host {host} --port {port}: cannot listen there ({error.strerror}); give another") from None
     return listener
-
-
-def _terminate(signum: int, frame: object) -> None:
-    raise SystemExit(TERMINATED)

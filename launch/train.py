@@ -23,6 +23,7 @@ from core.faults import TERMINATED, Fault, UserError, exit_code_of  # noqa: E402
 from core.plain_text import one_line  # noqa: E402
 from launch import arguments, cluster, early, run_folder  # noqa: E402
 from launch.cluster import EXIT_CODE_FOLDER  # noqa: E402
+from launch.last_words import raise_terminated  # noqa: E402
 
 if TYPE_CHECKING:
     from launch.run import RunResult
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 def main(argv: list[str]) -> int:
     """Run the command line; returns the exit code. One line for each fault, a traceback only for a bug of ours."""
-    signal.signal(signal.SIGTERM, _terminate)
+    signal.signal(signal.SIGTERM, raise_terminated)
     try:
         args = arguments.parse(argv)
         if args.help:
@@ -59,11 +60,6 @@ def main(argv: list[str]) -> int:
         if cluster.launched()[0] and (getattr(error, "known_to_all", False) or isinstance(error, UserError)):
             cluster.outlast_rank_0()
         return exit_code_of(error)
-
-
-def _terminate(signum: int, frame: object) -> None:
-    # An exception, so that what was started is ended on the way out.
-    raise SystemExit(TERMINATED)
 
 
 def _say(error: BaseException) -> None:

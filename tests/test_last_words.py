@@ -9,9 +9,9 @@ import pytest
 
 import tiny_models
 from core.config import load
-from core.faults import ProcessFault
+from core.faults import TERMINATED, ProcessFault
 from launch import learners, run, train
-from launch.last_words import on_sigterm
+from launch.last_words import on_sigterm, raise_terminated
 
 
 @pytest.fixture
@@ -49,6 +49,22 @@ def test_a_sigterm_after_the_fault_does_not_take_the_words(argv, monkeypatch, ca
     monkeypatch.setattr(train, "_say", late)
     assert train.main(argv) == ProcessFault.exit_code
     assert capsys.readouterr().err.splitlines()[-1] == "tokenppo: what failed"
+
+
+def test_a_sigterm_that_meets_a_finalizer_is_heard_behind_it(capsys):
+    """What is raised in one is printed and forgotten: the rank would go on as if nothing had been said."""
+    signal.signal(signal.SIGTERM, raise_terminated)
+    behind = []
+
+    class Ended:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+            behind.append("the end of the finalizer")
+
+    with pytest.raises(SystemExit) as ended:
+        Ended()
+        threading.Event().wait(30)
+    assert ended.value.code == TERMINATED and behind and capsys.readouterr().err == ""
 
 
 def test_a_process_that_lives_on_hears_sigterm_again(argv, handler):

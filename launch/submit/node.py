@@ -29,8 +29,9 @@ from typing import Any
 
 import psutil
 
-from core.faults import TERMINATED, Fault, ProcessFault, exit_code_of
+from core.faults import Fault, ProcessFault, exit_code_of
 from launch import arguments, cli, cluster, early, run_folder
+from launch.last_words import raise_terminated
 
 MEET_S = 600.0  # for a node of the job to be given its first process, after the first node was
 RAY_S = 120.0
@@ -40,7 +41,7 @@ STARTED = "Ray runtime started."
 
 def main(argv: list[str]) -> int:
     """Returns the exit code of the job."""
-    signal.signal(signal.SIGTERM, _terminate)
+    signal.signal(signal.SIGTERM, raise_terminated)
     cluster.adopt_orphans()
     cluster.prepare_environment()
     parser = argparse.ArgumentParser(prog="python -m launch.submit.node", allow_abbrev=False)
@@ -234,10 +235,6 @@ def wait(until: Callable[[], bool], deadline_s: float | None, what: str) -> None
         if deadline is not None and time.monotonic() > deadline:
             raise ProcessFault(f"{what}: not there after {deadline_s:.0f} s")
         time.sleep(0.2)
-
-
-def _terminate(signum: int, frame: object) -> None:
-    raise SystemExit(TERMINATED)
 
 
 if __name__ == "__main__":
